@@ -1,0 +1,60 @@
+"""NumPy: the convs as gathered neighbourhoods times a matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+def neighbourhoods(x: Floats, kernel: int, stride: int, padding: int) -> Floats:
+    """Every k x k neighbourhood as one row: x [B, H, W, C] -> [B, H', W', k * k * C], in the order (row, column, channel)."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))  # [B, H + 2p, W + 2p, C]
+    batch, height, width, channels = x.shape
+    rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    step_b, step_h, step_w, step_c = x.strides
+    # A neighbourhood's row is k * C values that lie side by side, so a view with two inner axes shows them all.
+    view = np.lib.stride_tricks.as_strided(
+        x,
+        shape=(batch, rows, columns, kernel, kernel * channels),
+        strides=(step_b, step_h * stride, step_w * stride, step_h, step_c),
+        writeable=False,
+    )
+    return view.reshape(batch, rows, columns, kernel * kernel * channels)
+
+
+def conv2d(x: Floats, weight: Floats, bias: Floats, stride: int, padding: int) -> Floats:
+    """x [B, H, W, Cin], weight [k, k, Cin, Cout], bias [Cout] -> [B, H', W', Cout]."""
+    kernel, _, inputs, outputs = weight.shape
+    rows = neighbourhoods(x, kernel, stride, padding)  # [B, H', W', k * k * Cin]
+    return rows @ weight.reshape(kernel * kernel * inputs, outputs) + bias
+
+
+def window_weight(weight: Floats) -> Floats:
+    """The four convs of a 2x2 pooling window as one matrix: [E, 3, 3, Cin, Cout] -> [E, 16 * Cin, 4 * Cout].
+
+    A window sees 4 x 4 input pixels; position (i, j) in it uses the 3 x 3 of them that start at (i, j).
+    """
+    episodes, _, _, inputs, outputs = weight.shape
+    matrix = np.zeros((episodes, 4, 4, inputs, 2, 2, outputs), weight.dtype)
+    for i in range(2):
+        for j in range(2):
+            matrix[:, i : i + 3, j : j + 3, :, i, j] = weight
+    return matrix.reshape(episodes, 16 * inputs, 4 * outputs)
+
+
+def conv_max_pool(x: Floats, weight: Floats) -> Floats:
+    """conv 3x3 'same', then 2x2 max-pool (valid): x [E, N, H, W, Cin], weight [E, 3, 3, Cin, Cout] -> [E, N, h, w, Cout].
+
+    One matrix row is one pooling window, so the conv outputs that a window compares lie side by side.
+    """
+    episodes, images, height, width, inputs = x.shape
+    h, w, outputs = height // 2, width // 2, weight.shape[-1]
+    flat = np.ascontiguousarray(x).reshape(episodes * images, height, width, inputs)  # [E * N, H, W, Cin]
+    rows = neighbourhoods(flat, 4, stride=2, padding=1)  # [E * N, h, w, 16 * Cin]
+    rows = rows.reshape(episodes, images * h * w, 16 * inputs)
+    values = rows @ window_weight(weight)  # [E, N * h * w, 4 * Cout]
+    four = [values[..., k * outputs : (k + 1) * outputs] for k in range(4)]
+    pooled = np.maximum(np.maximum(four[0], four[1]), np.maximum(four[2], four[3]))
+    return pooled.reshape(episodes, images, h, w, outputs)

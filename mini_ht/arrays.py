@@ -1,0 +1,30 @@
+"""One vocabulary for NumPy and torch: the model is written in the names that both libraries share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+# An np.ndarray or a torch.Tensor; which one is decided by the caller and kept by every function.
+Array = Any
+
+
+def namespace(x: Array) -> Any:
+    """The library that `x` belongs to: `numpy` for an ndarray, `torch` for a tensor.
+
+    torch is looked up among the loaded modules: whoever holds a tensor has imported it, and whoever does not need not
+    have it installed.
+    """
+    return np if isinstance(x, np.ndarray) else sys.modules["torch"]
+
+
+def as_floats(mask: Array, like: Array) -> Array:
+    """A boolean array as 0.0 and 1.0 in the dtype of `like` (NumPy and torch spell the cast differently)."""
+    return mask.astype(like.dtype) if isinstance(mask, np.ndarray) else mask.to(like.dtype)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0), with gradient 0 at 0."""
+    return np.maximum(x, 0) if isinstance(x, np.ndarray) else x.relu()

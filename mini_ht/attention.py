@@ -1,0 +1,131 @@
+"""Self-attention and the transformer encoder: pure functions over arrays, bottom-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from mini_ht.arrays import Array, namespace, relu
+from mini_ht.config import Config
+
+LAYER_NORM_EPS = 1e-6
+
+
+def dense(parameters, name, x):
+    w,b=parameters[name],parameters[f"{name}_bias"]
+    if namespace(x) is np: return x@w+b
+    return namespace(x).nn.functional.linear(x,w.mT,b)
+
+def softmax(x: Array) -> Array:
+    """Over the last axis, any shape; an entry of -inf gets weight 0."""
+    xp = namespace(x)
+    if xp is not np:
+        return x.softmax(-1)
+    weights = xp.exp(x - xp.amax(x, axis=-1, keepdims=True))
+    return weights / weights.sum(-1)[..., None]
+
+
+def layer_norm(x: Array, gain: Array, offset: Array) -> Array:
+    """Each token to mean 0 and variance 1 over its D coordinates, then scaled and shifted: x [..., D], gain, offset [D]."""
+    if namespace(x) is not np:
+        return namespace(x).nn.functional.layer_norm(x, gain.shape, gain, offset, LAYER_NORM_EPS)
+    centred = x - x.mean(-1)[..., None]
+    variance = (centred * centred).mean(-1)[..., None]
+    return centred * (variance + LAYER_NORM_EPS) ** -0.5 * gain + offset
+
+
+def activate(x: Array, name: str) -> Array:
+    """ReLU, or GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+    if name == "relu":
+        return relu(x)
+    return 0.5 * x * (1 + namespace(x).tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    """softmax(Q K^T / sqrt(width)) V for every episode and head.
+
+    Args:
+        query: [..., Tq, width].
+        key: [..., T, width].
+        value: [..., T, value width].
+        mask: broadcastable to [..., Tq, T]; True where a key may be attended to. None allows all.
+
+    Returns:
+        [..., Tq, value width].
+    """
+    xp = namespace(query)
+    if xp is not np:
+        return xp.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    scores = query @ key.mT * key.shape[-1] ** -0.5  # [..., Tq, T]
+    if mask is not None:
+        scores = np.where(mask, scores, -math.inf)
+    return softmax(scores) @ value
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[E, T, heads * width] -> [E, heads, T, width]."""
+    episodes, tokens, width = x.shape
+    return x.reshape(episodes, tokens, heads, width // heads).swapaxes(1, 2)
+
+
+def multi_head_attention(
+    parameters: Mapping[str, Array], name: str, x: Array, heads: int, mask: Array | None, outputs: int
+) -> Array:
+    """The first `outputs` of the tokens x [E, T, D] attend to all of them: -> [E, outputs, D].
+
+    mask is [E, T] over the keys. The key projection has no bias: softmax would not feel it.
+    """
+    query = dense(parameters, f"{name}.query", x[:, :outputs])
+    key = x @ parameters[f"{name}.key"]
+    value = dense(parameters, f"{name}.value", x)
+    query, key, value = (split_heads(part, heads) for part in (query, key, value))
+    mixed = attention(query, key, value, None if mask is None else mask[:, None, None, :])  # [E, heads, outputs, width]
+    joined = mixed.swapaxes(1, 2).reshape(x.shape[0], outputs, -1)  # [E, outputs, heads * width]
+    return dense(parameters, f"{name}.output", joined)
+
+
+def feed_forward(parameters: Mapping[str, Array], name: str, x: Array, activation: str) -> Array:
+    """Two dense layers with an activation between them, token by token: [E, T, D] -> [E, T, D]."""
+    hidden = activate(dense(parameters, f"{name}.inner", x), activation)
+    return dense(parameters, f"{name}.outer", hidden)
+
+
+def encoder_layer(
+    parameters: Mapping[str, Array], name: str, x: Array, config: Config, mask: Array | None, outputs: int
+) -> Array:
+    """Attention, then the feed-forward part, each with a residual connection: [E, T, D] -> [E, outputs, D]."""
+
+    def norm(part: str, x: Array) -> Array:
+        return layer_norm(x, parameters[f"{name}.{part}_gain"], parameters[f"{name}.{part}_offset"])
+
+    def attend(x: Array) -> Array:
+        return multi_head_attention(parameters, name, x, config.heads, mask, outputs)
+
+    pre = config.encoder == "pre-norm"
+    if pre:
+        x = x[:, :outputs] + attend(norm("attention_norm", x))
+    else:
+        x = norm("attention_norm", x[:, :outputs] + attend(x))
+    if f"{name}.inner" not in parameters:
+        return x
+    if pre:
+        return x + feed_forward(parameters, name, norm("inner_norm", x), config.activation)
+    return norm("inner_norm", x + feed_forward(parameters, name, x, config.activation))
+
+
+def encoder(
+    parameters: Mapping[str, Array], name: str, x: Array, config: Config, mask: Array | None, outputs: int
+) -> Array:
+    """A stack of encoder layers without position codes: x [E, T, D] -> its first `outputs` tokens [E, outputs, D].
+
+    mask [E, T] is True for the tokens that may be attended to; None allows all. The last layer computes only the tokens
+    that are asked for: nobody reads the others.
+    """
+    for number in range(config.layers):
+        last = number == config.layers - 1
+        x = encoder_layer(parameters, f"{name}.layer{number}", x, config, mask, outputs if last else x.shape[1])
+    if config.encoder == "pre-norm":
+        x = layer_norm(x, parameters[f"{name}.norm_gain"], parameters[f"{name}.norm_offset"])
+    return x

@@ -1,0 +1,56 @@
+"""How fast a preset trains here, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from mini_ht.config import Config
+from mini_ht.datasets import open_dataset
+from mini_ht.training.loop import Trainer
+
+STEPS, WARM_UP = 60, 8
+
+
+class Stopwatch:
+    """Adds up the time between calls under the name of each call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+def bench_training(config: Config, workers: int = 0, steps: int = STEPS) -> dict[str, Any]:
+    """Train on glyphs of the preset's image size for a few steps.
+
+    Returns:
+        episodes_per_second (from the median step), episodes_per_step, workers, and `share`: the fraction of the main
+        process's time spent in sample, generate, classify, backward, wait (for other processes) and optimise.
+    """
+    images = open_dataset("glyphs", size=config.image_size)["train"]
+    if config.image_channels > 1:
+        images = type(images)(images.pixels.repeat(config.image_channels, -1), images.counts, images.names)
+    trainer = Trainer(config, images, workers)
+    try:
+        for _ in range(WARM_UP):
+            trainer.step(1e-6)
+        watch, times = Stopwatch(), []
+        for _ in range(steps):
+            start = time.perf_counter()
+            trainer.step(1e-6, watch)
+            times.append(time.perf_counter() - start)
+    finally:
+        trainer.workers.close()
+    total = sum(watch.seconds.values())
+    return {
+        "episodes_per_second": round(config.episodes_per_step / statistics.median(times), 1),
+        "episodes_per_step": config.episodes_per_step,
+        "workers": 1 + len(trainer.workers.processes),
+        "share": {name: round(seconds / total, 3) for name, seconds in watch.seconds.items()},
+    }

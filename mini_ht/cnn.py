@@ -1,0 +1,87 @@
+"""The generated CNN: four conv blocks and a linear layer, with other weights for every episode."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mini_ht.arrays import Array, namespace
+from mini_ht.errors import InputError
+from mini_ht.kernels import conv_block
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """The weights of one conv block, and what its norm saw of the support set."""
+
+    weight: Array  # [E, 3, 3, Cin, Cout]
+    bias: Array | None  # [E, Cout]
+    gamma: Array  # [Cout]
+    beta: Array  # [Cout]
+    statistics: tuple[Array, Array]  # mean and variance of the support pass, each [E, Cout]
+
+
+@dataclass(frozen=True)
+class GeneratedCNN:
+    """A classifier for the task of each episode; `generate` makes it, calling it classifies."""
+
+    convs: tuple[ConvLayer, ...]
+    logits_weight: Array  # [E, way, F + 1]; the last column is the bias
+    present: Array  # [E, way], True for the classes that had a labelled support image
+    norm: str  # "batch" or "support", whose statistics the query pass uses
+    slope: float
+    impl: str
+    batched: bool  # False when the support set came without the leading E
+    image_shape: tuple[int, ...]  # (H, W, C)
+
+    def __call__(self, query: Array, mask: Array | None = None) -> Array:
+        """Logits of query images.
+
+        Args:
+            query: [E, m, H, W, C], or [m, H, W, C] if the support set came without E; values in [0, 1].
+            mask: [E, m] or [m], False for padding, which is kept out of the norm statistics; None for no padding.
+
+        Returns:
+            [E, m, way], or [m, way]. A class without a labelled support image has logit -inf.
+
+        Raises:
+            InputError: images of another shape than the support images, or another number of episodes.
+        """
+        if not self.batched:
+            query, mask = query[None], None if mask is None else mask[None]
+        want = (self.present.shape[0], query.shape[1] if query.ndim > 1 else 0, *self.image_shape)
+        if tuple(query.shape) != want:
+            start = "[E, m, H, W, C]" if self.batched else "[m, H, W, C]"
+            raise InputError(
+                f"query has shape {list(query.shape if self.batched else query.shape[1:])}; wanted {start} with "
+                f"(H, W, C) = {self.image_shape}" + (f" and E = {want[0]}" if self.batched else "")
+            )
+        x = query
+        for conv in self.convs:
+            x, _ = conv_block(
+                x,
+                conv.weight,
+                conv.gamma,
+                conv.beta,
+                bias=conv.bias,
+                statistics=conv.statistics if self.norm == "support" else None,
+                mask=mask,
+                slope=self.slope,
+                impl=self.impl,
+            )
+        logits = linear(x, self.logits_weight)  # [E, m, way]
+        logits = namespace(logits).where(self.present[:, None, :], logits, -math.inf)
+        return logits if self.batched else logits[0]
+
+    def with_norm(self, norm: str) -> GeneratedCNN:
+        """The same weights with the other norm mode."""
+        if norm not in ("batch", "support"):
+            raise InputError(f"norm is {norm!r}; choose batch or support")
+        return dataclasses.replace(self, norm=norm)
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """Flatten each image's activations and apply the logits layer: x [E, N, h, w, C], weight [E, way, F + 1] -> [E, N, way]."""
+    flat = x.reshape(*x.shape[:2], -1)  # [E, N, F]
+    return flat @ weight[..., :-1].mT + weight[:, None, :, -1]

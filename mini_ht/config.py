@@ -1,0 +1,186 @@
+"""Config: every choice that defines a HyperTransformer, its task and its training, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mini_ht.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """A HyperTransformer and how it is trained. Section numbers refer to arXiv 2201.04182.
+
+    Raises InputError when a value, or two values together, make no sense.
+    """
+
+    # The task
+    way: int = 20
+    """Classes of an episode; also the largest number of classes that the generator can serve."""
+    shot: int = 1
+    """Labelled support images a class."""
+    queries: int = 3
+    """Query images a class in a training episode."""
+    unlabelled: int = 0
+    """Unlabelled support images a class (section 3.2, semi-supervised)."""
+    image_size: int = 28
+    """Height and width of an image, in pixels."""
+    image_channels: int = 1
+    """1 for grey, 3 for RGB."""
+
+    # The generated CNN
+    channels: int = 8
+    """Output channels of each conv block."""
+    blocks: int = 4
+    """Conv blocks; each halves height and width."""
+    slope: float = 0.0
+    """Slope of the activation for negative inputs: 0 is ReLU, 0.01 the usual leaky ReLU."""
+    norm: Literal["batch", "support"] = "batch"
+    """Norm statistics of the query pass: its own ("batch", transductive) or those of the support pass ("support")."""
+    generate: str = "all"
+    """Conv layers that are generated: all, logits (none of them), 1,3 (by number), first2, last2."""
+    generate_bias: bool = False
+    """Generate a bias for each conv channel, too."""
+    residual_weights: bool = False
+    """Add learned weights, the same for every task, to the generated conv weights."""
+
+    # The generator
+    encoding: int = 32
+    """Width d of the class encodings xi and the placeholders mu."""
+    layers: int = 3
+    """Encoder layers of each transformer."""
+    heads: int = 2
+    """Attention heads."""
+    key_width: float = 1.0
+    """Query and key width as a fraction of the token width."""
+    value_width: float = 1.0
+    """Value width as a fraction of the token width."""
+    inner_width: float = 1.0
+    """Hidden width of the feed-forward part as a fraction of the token width; 0 drops that part."""
+    encoder: Literal["pre-norm", "post-norm"] = "pre-norm"
+    """Layer norm before each part of an encoder layer, or after it (as in the released code)."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Activation of the feed-forward part."""
+    shared_features: int = 32
+    """Width of the image features shared by all layers; 0 for none."""
+    taper: bool = False
+    """Make the first two convs behind the shared features a quarter and a half as wide: much cheaper."""
+    local_features: int = 8
+    """Width of each conv that looks at a layer's own input activations; 0 for none."""
+    allocation: Literal["output", "spatial"] = "output"
+    """What one placeholder stands for: an output channel, or a position of the kernel."""
+    readout: Literal["slice", "linear"] = "slice"
+    """Read a weight slice straight from the token's coordinates (the paper), or through a learned linear map."""
+
+    # The data
+    dataset: Literal["glyphs", "omniglot", "folder"] = "omniglot"
+    """Where images come from."""
+    split: Literal["random", "alphabet"] = "random"
+    """Omniglot only: characters split at random (1,150 / 50 / 423), or by Lake's alphabets."""
+    rotate: bool = True
+    """Training turns each class of an episode by a random multiple of 90 degrees."""
+    protocol: Literal["disjoint", "released"] = "disjoint"
+    """Query images never (disjoint), or possibly (released code), among the support images of their class."""
+
+    # The training
+    minutes: float = 40.0
+    """Training time; ignored when `episodes` is set."""
+    episodes: int = 0
+    """Training episodes; 0 trains by time. By episodes, a run can be repeated exactly."""
+    episodes_per_step: int = 8
+    """Episodes whose mean loss makes one step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of every matrix; vectors are left alone."""
+    warmup: float = 0.02
+    """Fraction of the training in which the learning rate rises; a cosine then takes it to zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over the classes."""
+    ema: float = 0.998
+    """Decay a step of the running average of the parameters, which is what is evaluated and saved; 0 for none."""
+    seed: int = 0
+    """Seed of initialisation and episodes."""
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.image_size < 2**self.blocks:
+            raise InputError(
+                f"image_size {self.image_size} is too small for {self.blocks} blocks, each of which halves it: "
+                f"take at least {2**self.blocks} pixels or fewer blocks"
+            )
+        if self.allocation == "spatial" and self.generate_bias:
+            raise InputError("allocation 'spatial' has no slice for a channel's bias: use 'output' or no generate_bias")
+        if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
+            raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
+        _ = self.generated_convs
+
+    @property
+    def generated_convs(self) -> tuple[int, ...]:
+        """Numbers of the generated conv layers, counted from 1, in order."""
+        everything = range(1, self.blocks + 1)
+        word = self.generate.replace(" ", "")
+        if word in ("all", "logits"):
+            return tuple(everything) if word == "all" else ()
+        for start in ("first", "last"):
+            count = word.removeprefix(start)
+            if count != word and count.isdigit() and 0 < int(count) <= self.blocks:
+                return tuple(everything[: int(count)] if start == "first" else everything[-int(count) :])
+        numbers = word.split(",")
+        if all(number.isdigit() and int(number) in everything for number in numbers):
+            return tuple(sorted({int(number) for number in numbers}))
+        raise InputError(
+            f"generate is {self.generate!r}; write all, logits, firstK, lastK, or layer numbers "
+            f"between 1 and {self.blocks} such as 1,3"
+        )
+
+    def to_json(self) -> str:
+        """All fields as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """The Config that `to_json` wrote; unknown or missing fields raise InputError, as another version wrote them."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"the configuration is not JSON: {error}") from error
+        known = {field.name for field in dataclasses.fields(Config)}
+        if not isinstance(fields, dict) or set(fields) != known:
+            differs = sorted(set(fields) ^ known) if isinstance(fields, dict) else [type(fields).__name__]
+            raise InputError(
+                f"the configuration was written by another version of mini_ht: {', '.join(differs)} differ; "
+                "use that version, or train again"
+            )
+        return Config(**fields)
+
+
+CHOICES = {
+    "norm": ("batch", "support"),
+    "encoder": ("pre-norm", "post-norm"),
+    "activation": ("relu", "gelu"),
+    "allocation": ("output", "spatial"),
+    "readout": ("slice", "linear"),
+    "dataset": ("glyphs", "omniglot", "folder"),
+    "split": ("random", "alphabet"),
+    "protocol": ("disjoint", "released"),
+}
+LEAST: dict[str, float] = {
+    **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
+    **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
+    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed"], 0),
+    "way": 2,
+    "image_channels": 1,
+    "key_width": 0.05,
+    "value_width": 0.05,
+}

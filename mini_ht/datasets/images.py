@@ -1,0 +1,91 @@
+"""Images grouped by class, and reading one image file into the shape the models take."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mini_ht.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images: `pixels` [total, H, W, C] uint8, the images of a class one after the other;
+    `counts` [classes] int64, images of each class; `names`, one for each class."""
+
+    pixels: np.ndarray
+    counts: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.counts)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[classes] int64: the row of `pixels` at which each class begins."""
+        return np.cumsum(self.counts) - self.counts
+
+    def select(self, class_ids: Any) -> "ImageSet":
+        """The given classes, in the given order; `class_ids` is anything that indexes a vector. Copies the pixels."""
+        ids = np.atleast_1d(np.arange(self.classes)[class_ids])
+        counts = self.counts[ids]
+        # A row lies as far from its class's start as it did here.
+        rows = np.arange(counts.sum()) + np.repeat(self.starts[ids] - (np.cumsum(counts) - counts), counts)
+        return ImageSet(self.pixels[rows], counts, tuple(self.names[i] for i in ids))
+
+
+def read_image(source: str | Path | IO[bytes], size: int, channels: int) -> np.ndarray:
+    """Reads an image file, turns it upright, cuts out its central square and scales that.
+
+    Any mode Pillow can convert is taken: palette, 1-bit, 16-bit grey, CMYK; transparency is laid over white.
+    Returns [size, size, channels] uint8 (channels 1 is grey, 3 is RGB).
+    Raises InputError, which names the file, if it is missing, damaged, not an image or too large to be harmless.
+    """
+    if channels not in (1, 3) or size < 1:
+        raise InputError(
+            f"got image size {size} and {channels} channels; give a size of at least 1 and 1 or 3 channels"
+        )
+    name = source if isinstance(source, (str, Path)) else getattr(source, "name", "image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file can unpack to gigabytes
+            with Image.open(source) as opened:
+                image = _eight_bits(ImageOps.exif_transpose(opened))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # decoders meet damage with errors of nearly every type
+        raise InputError(
+            f"{name}: not an image that can be read ({type(error).__name__}: {error}); "
+            "replace it by a whole PNG, JPEG or other common image file of moderate size, or remove it"
+        ) from error
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey, which Pillow would clip at 255, to 8 bits; other images pass unchanged."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range, convert them to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels reach from {values.min()} to {values.max()}, at most 16 bits are supported")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def progress(items: Iterable[Any], total: int, what: str, unit: str = "image") -> Iterator[Any]:
+    """Passes `items` on; after two seconds with a progress bar, if stderr is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # training has tqdm, inference alone needs no more than NumPy and Pillow
+        return iter(items)
+    return iter(tqdm(items, what, total or None, unit=unit, delay=2.0, disable=None))

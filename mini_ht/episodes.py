@@ -1,0 +1,114 @@
+"""Episodes: few-shot tasks drawn from a set of images, a whole batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mini_ht.datasets.images import ImageSet
+from mini_ht.errors import InputError
+
+Integers = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """E few-shot tasks; images are float32 in [0, 1], class by class in the order of their labels."""
+
+    support: NDArray[np.float32]  # [E, way * (unlabelled + shot), H, W, C]
+    labels: Integers  # [E, way * (unlabelled + shot)], -1 for unlabelled
+    query: NDArray[np.float32]  # [E, way * queries, H, W, C]
+    query_labels: Integers  # [E, way * queries]
+    classes: Integers  # [E, way], the image set's class behind each label
+    support_rows: Integers  # like labels, rows of the image set's pixels
+    query_rows: Integers  # like query_labels
+
+
+def sample(
+    images: ImageSet,
+    rng: np.random.Generator,
+    episodes: int,
+    *,
+    way: int,
+    shot: int,
+    queries: int,
+    unlabelled: int = 0,
+    rotate: bool = False,
+    protocol: str = "disjoint",
+    part: slice = slice(None),
+) -> Episodes:
+    """Draw a batch of episodes.
+
+    Args:
+        images: at least `way` classes of at least shot + unlabelled + queries images.
+        rng: all chance comes from it; equal generators give equal episodes.
+        episodes: E.
+        way, shot, queries, unlabelled: classes, and images a class in the support set (labelled), in the query set, and
+            in the support set (unlabelled). Labels 0 .. way-1 go to the drawn classes at random.
+        rotate: turn each class of an episode by a random multiple of 90 degrees, support and query alike.
+        protocol: "disjoint" keeps support images out of the query; "released" draws the two independently of each other,
+            as the released code does.
+        part: of the E episodes drawn, those whose images are wanted (a worker's share).
+
+    Raises:
+        InputError: too few classes or images.
+    """
+    support_count = unlabelled + shot
+    apart = protocol == "disjoint"
+    need = support_count + queries if apart else max(support_count, queries)
+    if images.classes < way:
+        raise InputError(f"an episode needs {way} classes and there are {images.classes}: lower way or add classes")
+    fewest = int(images.counts.min())
+    if fewest < need:
+        name = images.names[int(images.counts.argmin())]
+        raise InputError(
+            f"class {name!r} has {fewest} images; wanted {need} (shot {shot} + unlabelled {unlabelled} + queries "
+            f"{queries} a class, protocol {protocol}): lower one of them or add images"
+        )
+    chosen = np.argpartition(rng.random((episodes, images.classes)), way - 1, axis=1)[:, :way]
+    classes = rng.permuted(chosen, axis=1)  # [E, way], as a partition is not in random order
+    counts = images.counts[classes]
+    if apart:
+        drawn = draw(rng, counts, support_count + queries)  # [E, way, support_count + queries]
+        support_drawn, query_drawn = drawn[..., :support_count], drawn[..., support_count:]
+    else:
+        support_drawn, query_drawn = draw(rng, counts, support_count), draw(rng, counts, queries)
+    turns = rng.integers(0, 4, classes.shape) if rotate else np.zeros_like(classes)  # [E, way]
+
+    classes, turns = classes[part], turns[part]
+    first = images.starts[classes][..., None]  # [E, way, 1]
+    support_rows, query_rows = first + support_drawn[part], first + query_drawn[part]
+    support_labels = np.broadcast_to(np.arange(way)[:, None], support_rows.shape).copy()  # [E, way, support_count]
+    support_labels[..., :unlabelled] = -1
+    query_labels = np.broadcast_to(np.arange(way)[:, None], query_rows.shape)  # [E, way, queries]
+
+    def flat(x: Integers) -> Integers:
+        return x.reshape(len(x), -1)  # [E, way, k] -> [E, way * k]
+
+    return Episodes(
+        support=pixels(images, support_rows, turns),
+        labels=flat(support_labels),
+        query=pixels(images, query_rows, turns),
+        query_labels=flat(query_labels),
+        classes=classes,
+        support_rows=flat(support_rows),
+        query_rows=flat(query_rows),
+    )
+
+
+def draw(rng: np.random.Generator, counts: Integers, k: int) -> Integers:
+    """k different numbers below each count, in random order: counts [E, way] -> [E, way, k]."""
+    keys = rng.random((*counts.shape, int(counts.max())))
+    keys[np.arange(keys.shape[-1]) >= counts[..., None]] = 2  # behind every real image
+    return keys.argsort(axis=-1)[..., :k]
+
+
+def pixels(images: ImageSet, rows: Integers, turns: Integers) -> NDArray[np.float32]:
+    """Images [E, way * k, H, W, C] in [0, 1], each class turned: rows [E, way, k], turns [E, way] quarter circles."""
+    taken = images.pixels[rows]  # [E, way, k, H, W, C]
+    for quarter in (1, 2, 3):
+        which = turns == quarter
+        taken[which] = np.rot90(taken[which], quarter, axes=(2, 3))
+    return taken.reshape(len(rows), -1, *taken.shape[3:]).astype(np.float32) / np.float32(255)

@@ -1,0 +1,116 @@
+"""Accuracy on episodes of unseen classes, with its interval, beside what needs no learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mini_ht.arrays import Array
+from mini_ht.config import Config
+from mini_ht.datasets.images import ImageSet
+from mini_ht.episodes import Episodes, sample
+from mini_ht.errors import InputError
+from mini_ht.generator import generate
+
+EVALUATION_STREAM = 2  # keeps evaluation episodes apart from training episodes of the same seed
+QUERIES = 5  # a class; as many as in the released evaluation, whose query batches hold 100 images
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean accuracy over episodes, with the half-width of its 95 % interval."""
+
+    accuracy: float
+    interval: float
+    episodes: int
+
+    @staticmethod
+    def of(accuracies: NDArray[np.floating]) -> Score:
+        """From the accuracy of each episode; 1.96 standard errors of the mean."""
+        spread = float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
+        return Score(float(accuracies.mean()), 1.96 * spread / math.sqrt(len(accuracies)), len(accuracies))
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.2f} +- {100 * self.interval:.2f} %"
+
+
+def evaluation_episodes(
+    images: ImageSet,
+    episodes: int,
+    *,
+    way: int,
+    shot: int,
+    queries: int = QUERIES,
+    unlabelled: int = 0,
+    protocol: str = "disjoint",
+    seed: int = 0,
+    batch: int = 8,
+) -> Iterator[Episodes]:
+    """Episodes for evaluation, never rotated, the same for the same arguments; `batch` of them at a time."""
+    for start in range(0, episodes, batch):
+        rng = np.random.default_rng([seed, EVALUATION_STREAM, start])
+        yield sample(
+            images,
+            rng,
+            min(batch, episodes - start),
+            way=way,
+            shot=shot,
+            queries=queries,
+            unlabelled=unlabelled,
+            protocol=protocol,
+        )
+
+
+def evaluate(
+    parameters: Mapping[str, Array], config: Config, batches: Iterator[Episodes], norm: str | None = None
+) -> Score:
+    """Accuracy of the CNNs generated for the support set of each episode, on its query images.
+
+    parameters may be NumPy or torch (then on their device, without gradients); norm defaults to the config's.
+    """
+
+    def classify(batch: Episodes) -> NDArray[np.integer]:
+        convert, back = converters(parameters)
+        cnn = generate(parameters, config, convert(batch.support), convert(batch.labels), check=False)
+        return back(cnn.with_norm(norm or config.norm)(convert(batch.query)).argmax(-1))  # [E, m]
+
+    return score(classify, batches)
+
+
+def pixel_nearest_mean(batches: Iterator[Episodes]) -> Score:
+    """Accuracy of the class whose labelled support images have the nearest mean in pixel space: the honest yardstick."""
+
+    def classify(batch: Episodes) -> NDArray[np.integer]:
+        support = batch.support.reshape(*batch.labels.shape, -1)  # [E, n, H * W * C]
+        query = batch.query.reshape(*batch.query_labels.shape, -1)  # [E, m, H * W * C]
+        one_hot = (batch.labels[..., None] == np.arange(batch.classes.shape[1])).astype(support.dtype)  # [E, n, way]
+        means = one_hot.mT @ support / one_hot.sum(1)[..., None]  # [E, way, H * W * C]
+        # |q - mean|^2 without the part that all classes share.
+        distances = (means**2).sum(-1)[:, None, :] - 2 * query @ means.mT  # [E, m, way]
+        return distances.argmin(-1)
+
+    return score(classify, batches)
+
+
+def score(classify: Callable[[Episodes], NDArray[np.integer]], batches: Iterator[Episodes]) -> Score:
+    """Mean accuracy over episodes of a function from a batch of episodes to the classes [E, m] of its queries."""
+    right = [(classify(batch) == batch.query_labels).mean(-1) for batch in batches]
+    if not right:
+        raise InputError("0 episodes were asked for; an accuracy needs at least 1, a result to quote 1,000")
+    return Score.of(np.concatenate(right))
+
+
+def converters(parameters: Mapping[str, Array]) -> tuple[Callable, Callable]:
+    """From NumPy to the parameters' library and device, and back."""
+    sample_parameter = parameters["logits.xi"]
+    if isinstance(sample_parameter, np.ndarray):
+        return (lambda array: array), (lambda array: array)
+    import torch
+
+    return (lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(sample_parameter.device)), (
+        lambda tensor: tensor.cpu().numpy()
+    )

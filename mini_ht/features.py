@@ -1,0 +1,52 @@
+"""What a support image tells the transformer: features of the image itself, and of what a layer receives of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mini_ht.arrays import Array, namespace, relu
+from mini_ht.config import Config
+from mini_ht.kernels import conv2d
+from mini_ht.plan import Layer
+
+SHARED_STRIDES = (2, 2, 2, 1)
+
+
+def shared_widths(config: Config) -> tuple[int, ...]:
+    """Output channels of each conv behind the shared features; none when the config asks for no such features."""
+    width = config.shared_features
+    if not width:
+        return ()
+    return (max(1, width // 4), max(1, width // 2), width, width) if config.taper else (width,) * len(SHARED_STRIDES)
+
+
+def shared_features(parameters: Mapping[str, Array], config: Config, support: Array) -> Array:
+    """The image embedding s: four 3x3 convs 'same' with ReLU, then the mean over space.
+
+    support [E, n, H, W, C] -> [E, n, shared features] (width 0 when the config asks for none).
+    """
+    episodes, images = support.shape[:2]
+    if not config.shared_features:
+        return support.reshape(episodes, images, -1)[..., :0]
+    x = support.reshape(episodes * images, *support.shape[2:])  # [E * n, H, W, C]
+    for number, stride in enumerate(SHARED_STRIDES):
+        name = f"shared.conv{number}"
+        x = relu(conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], stride, padding=1))
+    return x.mean((1, 2)).reshape(episodes, images, -1)
+
+
+def local_features(parameters: Mapping[str, Array], layer: Layer, activations: Array) -> Array:
+    """The activation embedding h of one layer: each conv's output before its ReLU, averaged over space.
+
+    activations [E, n, h, w, Cin] -> [E, n, sum of the convs' widths] (width 0 without local convs).
+    """
+    episodes, images = activations.shape[:2]
+    x = activations.reshape(episodes * images, *activations.shape[2:])  # [E * n, h, w, Cin]
+    means = [x.reshape(len(x), -1)[:, :0]]
+    for number, conv in enumerate(layer.local):
+        name = f"{layer.name}.local{number}"
+        if number:
+            x = relu(x)
+        x = conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], conv.stride)
+        means.append(x.mean((1, 2)))  # [E * n, width]
+    return namespace(x).concat(means, axis=-1).reshape(episodes, images, -1)

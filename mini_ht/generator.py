@@ -1,0 +1,113 @@
+"""The HyperTransformer: from a support set to the weights of a CNN, layer by layer (paper, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mini_ht.arrays import Array, namespace
+from mini_ht.attention import encoder
+from mini_ht.checks import check_support
+from mini_ht.cnn import ConvLayer, GeneratedCNN
+from mini_ht.config import Config
+from mini_ht.features import local_features, shared_features
+from mini_ht.kernels import conv_block
+from mini_ht.plan import Layer, plan
+from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_conv, support_tokens
+
+
+def generate(
+    parameters: Mapping[str, Array],
+    config: Config,
+    support: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    impl: str = "auto",
+    check: bool = True,
+) -> GeneratedCNN:
+    """Write the weights of the CNN that tells this support set's classes apart.
+
+    Args:
+        parameters: from `draw_parameters` or `load` (NumPy), or `to_torch` of those.
+        config: the Config that the parameters were drawn for.
+        support: [n, H, W, C] images of one task, or [E, n, H, W, C] of E tasks; values in [0, 1], ink is 1; the
+            parameters' dtype. Any n, any number of images a class.
+        labels: [n] or [E, n] integers in -1 .. way-1; -1 means unlabelled.
+        mask: [n] or [E, n] booleans, False for padding; None for no padding.
+        impl: who computes the conv blocks, see `mini_ht.kernels`.
+        check: look at values, too (labels in range, no NaN). Shapes and dtypes are always checked.
+
+    Returns:
+        A GeneratedCNN, to be called with query images.
+
+    Raises:
+        InputError: shapes, dtypes or values that do not fit the config.
+    """
+    check_support(parameters, config, support, labels, mask, values=check)
+    batched = support.ndim == 5
+    if not batched:
+        support, labels, mask = support[None], labels[None], None if mask is None else mask[None]
+    xp = namespace(support)
+    real = labels >= -1 if mask is None else mask  # [E, n]
+    shared = shared_features(parameters, config, support)  # [E, n, shared features]
+    *conv_layers, logits_layer = plan(config)
+    convs = []
+    x = support
+    for layer in conv_layers:
+        weight, bias = conv_weights(parameters, config, layer, x, labels, shared, mask)
+        gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
+        x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
+        convs.append(ConvLayer(weight, bias, gamma, beta, statistics))
+    logits_weight = generated_slices(parameters, config, logits_layer, x, labels, shared, mask)
+    labelled = xp.where(real, labels, -1)[..., None]  # [E, n, 1]
+    present = xp.stack([(labelled == label).any(1)[:, 0] for label in range(config.way)], axis=-1)  # [E, way]
+    return GeneratedCNN(
+        convs=tuple(convs),
+        logits_weight=logits_weight,
+        present=present,
+        norm=config.norm,
+        slope=config.slope,
+        impl=impl,
+        batched=batched,
+        image_shape=tuple(support.shape[2:]),
+    )
+
+
+def conv_weights(
+    parameters: Mapping[str, Array],
+    config: Config,
+    layer: Layer,
+    x: Array,
+    labels: Array,
+    shared: Array,
+    mask: Array | None,
+) -> tuple[Array, Array | None]:
+    """Weight [E, 3, 3, Cin, Cout] and bias of one conv layer: generated from its input activations x, or learned."""
+    learned = parameters.get(f"{layer.name}.weight")  # [3, 3, Cin, Cout]
+    if not layer.generated:
+        assert learned is not None
+        return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None
+    slices = generated_slices(parameters, config, layer, x, labels, shared, mask)
+    weight, bias = slices_to_conv(slices, layer, config)
+    return (weight if learned is None else weight + learned[None]), bias
+
+
+def generated_slices(
+    parameters: Mapping[str, Array],
+    config: Config,
+    layer: Layer,
+    x: Array,
+    labels: Array,
+    shared: Array,
+    mask: Array | None,
+) -> Array:
+    """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length]."""
+    xp = namespace(x)
+    samples = support_tokens(parameters, layer, labels, local_features(parameters, layer, x), shared)  # [E, n, D]
+    placeholders = placeholder_tokens(parameters, layer, x.shape[0])  # [E, placeholders, D]
+    tokens = xp.concat([placeholders, samples], axis=1)  # [E, placeholders + n, D]
+    if mask is not None:
+        always = xp.ones_like(placeholders[..., 0]) > 0  # [E, placeholders]
+        mask = xp.concat([always, mask], axis=1)  # [E, placeholders + n]
+    outputs = encoder(parameters, f"{layer.name}.generator", tokens, config, mask, layer.placeholders)
+    return read_slices(parameters, layer, config, outputs)

@@ -1,0 +1,102 @@
+"""The plan: from a Config, the sizes of every layer of the CNN and of the transformer that writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mini_ht.config import Config
+
+KERNEL = 3
+
+
+@dataclass(frozen=True)
+class LocalConv:
+    """One 'valid' conv of a layer's local feature extractor."""
+
+    kernel: int
+    stride: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the generated CNN: `conv1` ... `convB`, then `logits` (paper, section 4.1)."""
+
+    name: str
+    generated: bool
+    size: int  # height and width of the input activations
+    inputs: int  # Cin; for the logits layer F, the flattened activations
+    outputs: int  # Cout; for the logits layer way
+    placeholders: int  # weight slices, one token each
+    slice_length: int
+    local: tuple[LocalConv, ...]
+    token_width: int  # D
+
+
+def plan(config: Config) -> tuple[Layer, ...]:
+    """All layers in the order in which they are generated, the logits layer last."""
+    layers = []
+    size, inputs = config.image_size, config.image_channels
+    for number in range(1, config.blocks + 1):
+        if config.allocation == "output":
+            placeholders = config.channels
+            slice_length = KERNEL * KERNEL * inputs + config.generate_bias
+        else:
+            placeholders, slice_length = KERNEL * KERNEL, inputs * config.channels
+        local = local_convs(size, inputs, config.local_features, depth=2)
+        layers.append(
+            Layer(
+                name=f"conv{number}",
+                generated=number in config.generated_convs,
+                size=size,
+                inputs=inputs,
+                outputs=config.channels,
+                placeholders=placeholders,
+                slice_length=slice_length,
+                local=local,
+                token_width=token_width(config, slice_length, local),
+            )
+        )
+        size, inputs = size // 2, config.channels
+    features = size * size * inputs
+    local = local_convs(size, inputs, config.local_features, depth=1)
+    layers.append(
+        Layer(
+            name="logits",
+            generated=True,
+            size=size,
+            inputs=features,
+            outputs=config.way,
+            placeholders=config.way,
+            slice_length=features + 1,
+            local=local,
+            token_width=token_width(config, features + 1, local),
+        )
+    )
+    return tuple(layers)
+
+
+def local_convs(size: int, inputs: int, width: int, depth: int) -> tuple[LocalConv, ...]:
+    """The convs over activations `[size, size, inputs]`: stride 2, then stride 1; a map too small for one ends the row."""
+    convs: list[LocalConv] = []
+    while width and len(convs) < depth and (size >= KERNEL or not convs):
+        kernel = min(KERNEL, size)
+        stride = 2 if not convs and size > KERNEL else 1
+        convs.append(LocalConv(kernel, stride, inputs, width))
+        size, inputs = (size - kernel) // stride + 1, width
+    return tuple(convs)
+
+
+def token_width(config: Config, slice_length: int, local: tuple[LocalConv, ...]) -> int:
+    """D: the encoding beside the features; read-out by coordinates also needs room for a slice (spec section 2.2)."""
+    features = config.shared_features + sum(conv.outputs for conv in local)
+    return config.encoding + (max(features, slice_length) if config.readout == "slice" else features)
+
+
+def cnn_size(config: Config) -> int:
+    """Numbers in one task's CNN: conv weights, biases, scale and offset of each norm, logits weights and biases."""
+    *convs, logits = plan(config)
+    conv = sum(KERNEL * KERNEL * layer.inputs * layer.outputs for layer in convs)
+    channels = sum(layer.outputs * (2 + (config.generate_bias and layer.generated)) for layer in convs)
+    return conv + channels + logits.outputs * (logits.inputs + 1)

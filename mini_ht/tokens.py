@@ -1,0 +1,75 @@
+"""What the transformer reads and writes: support tokens, placeholder tokens, and weight slices (paper, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mini_ht.arrays import Array, namespace
+from mini_ht.config import Config
+from mini_ht.plan import KERNEL, Layer
+
+
+def pad_width(x: Array, width: int) -> Array:
+    """Zeros behind the last axis, up to `width`: [E, T, w] -> [E, T, width]."""
+    xp = namespace(x)
+    missing = width - x.shape[-1]
+    return x if missing == 0 else xp.concat([x, xp.broadcast_to(0 * x[..., :1], (*x.shape[:-1], missing))], axis=-1)
+
+
+def support_tokens(
+    parameters: Mapping[str, Array], layer: Layer, labels: Array, local: Array, shared: Array
+) -> Array:
+    """[xi(label) | local | shared | zeros] for each support image.
+
+    Args:
+        labels: [E, n] integers in -1 .. way-1; -1, unlabelled, takes the last row of xi, which is xi-hat.
+        local: [E, n, local width], features of this layer's input activations.
+        shared: [E, n, shared width], features of the images.
+
+    Returns:
+        [E, n, D].
+    """
+    xi = parameters[f"{layer.name}.xi"]  # [way + 1, d]
+    # An index of -1 means the last row to NumPy and torch alike: the row of xi-hat.
+    tokens = namespace(xi).concat([xi[labels], local, shared], axis=-1)  # [E, n, d + features]
+    return pad_width(tokens, layer.token_width)
+
+
+def placeholder_tokens(parameters: Mapping[str, Array], layer: Layer, episodes: int) -> Array:
+    """[mu(i) | zeros] for each weight slice i, the same in every episode: [E, placeholders, D]."""
+    mu = parameters[f"{layer.name}.mu"][None]  # [1, placeholders, d]
+    tokens = pad_width(mu, layer.token_width)
+    return namespace(mu).broadcast_to(tokens, (episodes, *tokens.shape[1:]))
+
+
+def read_slices(parameters: Mapping[str, Array], layer: Layer, config: Config, outputs: Array) -> Array:
+    """Weight slices from the transformer's outputs at the placeholders: [E, placeholders, D] -> [.., slice length]."""
+    if config.readout == "slice":
+        return outputs[..., config.encoding : config.encoding + layer.slice_length]
+    name = f"{layer.name}.readout"
+    return outputs @ parameters[f"{name}.weight"] + parameters[f"{name}.bias"]
+
+
+def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, Array | None]:
+    """A conv layer's weight [E, 3, 3, Cin, Cout] and bias ([E, Cout] or None) from its slices.
+
+    "output": one slice is one output channel, in the order (row, column, input channel), then the bias if generated.
+    "spatial": one slice is one kernel position, row by row, in the order (input channel, output channel).
+    """
+    episodes = slices.shape[0]
+    if config.allocation == "spatial":
+        return slices.reshape(episodes, KERNEL, KERNEL, layer.inputs, layer.outputs), None
+    length = KERNEL * KERNEL * layer.inputs
+    weight = slices[..., :length].reshape(episodes, layer.outputs, KERNEL, KERNEL, layer.inputs)
+    weight = namespace(slices).moveaxis(weight, 1, -1)  # [E, 3, 3, Cin, Cout]
+    return weight, slices[..., length] if config.generate_bias else None
+
+
+def conv_to_slices(weight: Array, bias: Array | None, config: Config) -> Array:
+    """The inverse of `slices_to_conv`: [E, 3, 3, Cin, Cout] -> [E, placeholders, slice length]."""
+    xp = namespace(weight)
+    episodes, _, _, inputs, outputs = weight.shape
+    if config.allocation == "spatial":
+        return weight.reshape(episodes, KERNEL * KERNEL, inputs * outputs)
+    slices = xp.moveaxis(weight, -1, 1).reshape(episodes, outputs, KERNEL * KERNEL * inputs)
+    return slices if bias is None else xp.concat([slices, bias[..., None]], axis=-1)

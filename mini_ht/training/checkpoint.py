@@ -1,0 +1,64 @@
+"""What a run needs to go on exactly where it stopped, in one safetensors file beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mini_ht.config import Config
+from mini_ht.errors import InputError
+from mini_ht.parameters import CHECKPOINT, read_tensors, save, to_numpy, write_tensors
+from mini_ht.training.flat import Layout
+
+STATE = "training.safetensors"
+VECTORS = ("vector", "average", "first_moment", "second_moment")
+
+
+@dataclass
+class State:
+    """The training after `step` steps; every Tensor is a vector [size] in the order of `Layout`."""
+
+    vector: Tensor
+    average: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    step: int = 0
+    seconds: float = 0.0
+
+    def evaluated(self, config: Config) -> Tensor:
+        """The parameters that are evaluated and saved: the running average if there is one."""
+        return self.average if config.ema else self.vector
+
+
+def save_run(run_dir: Path, config: Config, state: State) -> None:
+    """Write the training state, then the model; each file is replaced in one step."""
+    layout = Layout(config)
+    tensors = {
+        f"{name}/{key}": array
+        for name in VECTORS
+        for key, array in to_numpy(layout.views(getattr(state, name))).items()
+    }
+    write_tensors(run_dir / STATE, tensors, config, {"step": str(state.step), "seconds": repr(state.seconds)})
+    save(run_dir / CHECKPOINT, to_numpy(layout.views(state.evaluated(config))), config)
+
+
+def load_run(run_dir: Path, config: Config, device: torch.device) -> State:
+    """The state that `save_run` wrote.
+
+    Raises InputError without one, with a broken one, or with one of another config; how long to train may differ.
+    """
+    tensors, saved, metadata = read_tensors(run_dir / STATE, tuple(f"{name}/" for name in VECTORS))
+    same = dataclasses.replace(saved, minutes=config.minutes, episodes=config.episodes)
+    if same != config:
+        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(saved)
+        differs = ", ".join(f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours if ours[name] != theirs[name])
+        raise InputError(f"the run in {run_dir} has another config ({differs}); resume with its own, or use another folder")
+    layout = Layout(config)
+    vectors = {
+        name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device) for name in VECTORS
+    }
+    return State(**vectors, step=int(metadata["step"]), seconds=float(metadata["seconds"]))

@@ -1,0 +1,264 @@
+"""The training loop: AdamW on the loss of the generated CNNs' query answers, resumable, logged, stopped by time or count."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mini_ht.config import Config
+from mini_ht.datasets.images import ImageSet
+from mini_ht.errors import InputError
+from mini_ht.evaluation import evaluate, evaluation_episodes
+from mini_ht.parameters import draw_parameters
+from mini_ht.training.checkpoint import STATE, State, load_run, save_run
+from mini_ht.training.flat import Layout
+from mini_ht.training.schedule import average_decay, learning_rate, progress
+from mini_ht.training.workers import Clock, Workers
+
+METRICS = "metrics.jsonl"
+CHECKPOINT_SECONDS = 60.0
+VALIDATION_EPISODES = 64
+DIVERGED = 10.0  # times the loss of guessing
+
+
+class Trainer:
+    """The state of a training, and one step of it."""
+
+    def __init__(self, config: Config, images: ImageSet, workers: int = 0, state: State | None = None) -> None:
+        """workers: processes that share each step; 0 takes one a core, 1 with a GPU."""
+        self.config, self.layout = config, Layout(config)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.state = state or fresh_state(config, self.device)
+        if self.device.type == "cpu":
+            self.state.vector.share_memory_()
+        matrices = self.layout.matrices
+        vector = self.state.vector
+        # Two leaves that share the vector's memory: decay shrinks matrices, not biases and gains.
+        self.leaves = [vector[:matrices], vector[matrices:]]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": [self.leaves[0]], "weight_decay": config.weight_decay},
+                {"params": [self.leaves[1]], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=True,
+        )
+        for leaf, part in zip(self.leaves, (slice(0, matrices), slice(matrices, None)), strict=True):
+            self.optimiser.state[leaf] = {
+                "step": torch.tensor(float(self.state.step), device=self.device),
+                "exp_avg": self.state.first_moment[part],
+                "exp_avg_sq": self.state.second_moment[part],
+            }
+        count = workers or (1 if self.device.type == "cuda" else os.cpu_count() or 1)
+        self.workers = Workers(config, images, vector, min(count, config.episodes_per_step))
+
+    def step(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
+        """One update with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm.
+
+        Raises InputError, with the parameters unchanged, when loss or gradient is not a number.
+        """
+        gradient, figures = self.workers.gradient(self.state.step, clock)
+        loss, accuracy = figures.tolist()
+        norm = float(gradient.norm())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}; the last good "
+                "checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
+            )
+        if self.config.clip and norm > self.config.clip:
+            gradient *= self.config.clip / norm
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        for leaf, part in zip(self.leaves, gradient.split([len(leaf) for leaf in self.leaves]), strict=True):
+            leaf.grad = part
+        self.optimiser.step()
+        if self.config.ema:
+            self.state.average.lerp_(self.state.vector, 1 - average_decay(self.config, self.state.step))
+        self.state.step += 1
+        clock("optimise")
+        return loss, accuracy, norm
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters to evaluate, as views."""
+        return self.layout.views(self.state.evaluated(self.config))
+
+    def validate(self, images: ImageSet) -> float:
+        """Accuracy on episodes of classes that are not trained on, the same episodes each time."""
+        config = self.config
+        queries = min(config.queries, int(images.counts.min()) - config.shot - config.unlabelled)
+        batches = evaluation_episodes(
+            images,
+            VALIDATION_EPISODES,
+            way=min(config.way, images.classes),
+            shot=config.shot,
+            queries=queries,
+            unlabelled=config.unlabelled,
+        )
+        with torch.no_grad():
+            return evaluate(self.parameters, config, batches).accuracy
+
+
+def fresh_state(config: Config, device: torch.device) -> State:
+    """The start of a training: parameters from the config's seed, moments at zero."""
+    vector = Layout(config).join(draw_parameters(config, config.seed)).to(device)
+    return State(vector, vector.clone(), torch.zeros_like(vector), torch.zeros_like(vector))
+
+
+def train(
+    config: Config,
+    images: Mapping[str, ImageSet],
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    workers: int = 0,
+    quiet: bool = False,
+) -> State:
+    """Train and leave in `run_dir`: model.safetensors, training.safetensors, metrics.jsonl and a TensorBoard log.
+
+    Args:
+        config: what to train, and for how long.
+        images: "train" and, for the figures on the way, "validation".
+        run_dir: where results go; must be new, or hold a run to resume.
+        resume: go on from the last checkpoint. By episodes, the result is that of an uninterrupted run.
+        workers: see Trainer.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: a folder in use, a checkpoint that does not fit, too few classes or images, divergence.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    state = None
+    if (run_dir / STATE).exists() and not resume:
+        raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
+    if resume:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        state = load_run(run_dir, config, device)
+    trainer = Trainer(config, images["train"], workers, state)
+    state = trainer.state
+    try:
+        save_run(run_dir, config, state)
+        truncate_metrics(run_dir / METRICS, state.step)
+        with SummaryWriter(str(run_dir / "tensorboard"), purge_step=state.step) as board:
+            log = Log(run_dir / METRICS, board, config, state, quiet)
+            run(trainer, images.get("validation"), run_dir, log)
+    finally:
+        trainer.workers.close()
+    return state
+
+
+def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) -> None:
+    """Steps until the config's time or count is over; checkpoints on the way, at the end, and on Ctrl-C."""
+    config, state = trainer.config, trainer.state
+    started = time.perf_counter() - state.seconds
+    saved = time.perf_counter()
+    pause = max(5.0, 60 * config.minutes / 80) if not config.episodes else 20.0  # seconds between validations
+    next_validation = state.seconds + pause
+    guess = math.log(config.way)
+    try:
+        while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
+            rate = learning_rate(config, done)
+            loss, accuracy, norm = trainer.step(rate)
+            state.seconds = time.perf_counter() - started
+            if log.add(loss, accuracy, norm, rate) > DIVERGED * guess:
+                raise InputError(
+                    f"training diverged at step {state.step}: the loss is over {DIVERGED:.0f} times that of guessing; "
+                    "the last good checkpoint is kept. Train again with a lower learning_rate"
+                )
+            if validation is not None and state.seconds >= next_validation:
+                log.validation = trainer.validate(validation)
+                log.write()
+                next_validation = state.seconds + pause
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save_run(run_dir, config, state)
+                saved = time.perf_counter()
+        if validation is not None:
+            log.validation = trainer.validate(validation)
+    except KeyboardInterrupt:
+        save_run(run_dir, config, state)
+        log.close()
+        raise
+    log.write()
+    log.close()
+    save_run(run_dir, config, state)
+
+
+class Log:
+    """Smoothed figures to the progress bar, and rows of them to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, file: Path, board: object, config: Config, state: State, quiet: bool) -> None:
+        self.file, self.board, self.config, self.state = file, board, config, state
+        self.loss = self.accuracy = self.norm = self.rate = 0.0
+        self.validation: float | None = None
+        self.since = (state.step, state.seconds)
+        self.speed = 0.0
+        unit = "episode" if config.episodes else "s"
+        total = config.episodes or round(60 * config.minutes)
+        bar = "{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} {postfix}"
+        self.bar = tqdm(total=total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
+
+    def add(self, loss: float, accuracy: float, norm: float, rate: float) -> float:
+        """Take in the figures of a step; returns the smoothed loss. Every 50 steps a row is written."""
+        fresh = self.state.step <= 1 or self.rate == 0.0
+        old = 0.0 if fresh else 0.95
+        self.loss = old * self.loss + (1 - old) * loss
+        self.accuracy = old * self.accuracy + (1 - old) * accuracy
+        self.norm, self.rate = norm, rate
+        if self.state.step % 50 == 0:
+            self.write()
+        elif self.state.step % 5 == 0:
+            self.show()
+        return self.loss
+
+    def show(self) -> None:
+        """Refresh the bar."""
+        steps, seconds = self.state.step - self.since[0], self.state.seconds - self.since[1]
+        if steps > 0 and seconds > 0:
+            self.speed = steps * self.config.episodes_per_step / seconds
+        unseen = "" if self.validation is None else f", unseen classes {100 * self.validation:.1f} %"
+        self.bar.set_postfix_str(f"{self.speed:.0f} episodes/s, loss {self.loss:.3f}{unseen}", refresh=False)
+        now = self.state.step * self.config.episodes_per_step if self.config.episodes else self.state.seconds
+        self.bar.n = min(round(now), self.bar.total)
+        self.bar.refresh()
+
+    def write(self) -> None:
+        """Append a row and begin a new stretch for the speed."""
+        self.show()
+        row = {
+            "step": self.state.step,
+            "episodes": self.state.step * self.config.episodes_per_step,
+            "seconds": round(self.state.seconds, 2),
+            "loss": self.loss,
+            "train_accuracy": self.accuracy,
+            "validation_accuracy": self.validation,
+            "learning_rate": self.rate,
+            "gradient_norm": self.norm,
+            "episodes_per_second": round(self.speed, 1),
+        }
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, self.state.step)  # type: ignore[attr-defined]
+        self.since = (self.state.step, self.state.seconds)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+def truncate_metrics(file: Path, step: int) -> None:
+    """Drop the rows after `step`, which a resumed run writes again."""
+    if file.exists():
+        rows = [line for line in file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        file.write_text("".join(f"{row}\n" for row in rows))

@@ -1,0 +1,26 @@
+"""How far the training is, and the learning rate that follows from it."""
+
+from __future__ import annotations
+
+import math
+
+from mini_ht.config import Config
+
+
+def progress(config: Config, episodes: int, seconds: float) -> float:
+    """The share of the training that is done, in [0, 1]: by episodes if the config sets them, else by time."""
+    done = episodes / config.episodes if config.episodes else seconds / max(60 * config.minutes, 1e-9)
+    return min(1.0, done)
+
+
+def learning_rate(config: Config, done: float) -> float:
+    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017), at share `done` of the training."""
+    if done < config.warmup:
+        return config.learning_rate * max(done, 1e-3) / config.warmup
+    falling = (done - config.warmup) / max(1 - config.warmup, 1e-9)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+def average_decay(config: Config, step: int) -> float:
+    """Decay of the running average of the parameters: shorter at the start, so that the random start is soon forgotten."""
+    return min(config.ema, (1 + step) / (10 + step))

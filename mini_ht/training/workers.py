@@ -1,0 +1,149 @@
+"""The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mini_ht.config import Config
+from mini_ht.datasets.images import ImageSet
+from mini_ht.episodes import Episodes, sample
+from mini_ht.generator import generate
+from mini_ht.training.flat import Layout
+
+TRAINING_STREAM = 1  # keeps training episodes apart from others drawn with the same seed
+Clock = Callable[[str], None]
+
+
+def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
+    """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted."""
+    return sample(
+        images,
+        np.random.default_rng([config.seed, TRAINING_STREAM, step]),
+        config.episodes_per_step,
+        way=config.way,
+        shot=config.shot,
+        queries=config.queries,
+        unlabelled=config.unlabelled,
+        rotate=config.rotate,
+        protocol=config.protocol,
+        part=part,
+    )
+
+
+def gradient(
+    config: Config,
+    layout: Layout,
+    images: ImageSet,
+    vector: Tensor,
+    step: int,
+    part: slice = slice(None),
+    clock: Clock = lambda name: None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient [size] of the step's mean loss through the episodes of `part`, and their share of (loss, accuracy) [2].
+
+    clock(name) is called as each part of the work ends.
+    """
+    batch = training_episodes(config, images, step, part)
+    support, labels, query, targets = (
+        torch.from_numpy(array).to(vector.device)
+        for array in (batch.support, batch.labels, batch.query, batch.query_labels)
+    )
+    clock("sample")
+    share = len(batch.support) / config.episodes_per_step
+    vector = vector.detach().requires_grad_()
+    cnn = generate(layout.views(vector), config, support, labels, check=False)
+    clock("generate")
+    logits = cnn(query).flatten(0, 1)  # [E * m, way]
+    loss = F.cross_entropy(logits, targets.flatten(), label_smoothing=config.label_smoothing) * share
+    clock("classify")
+    (result,) = torch.autograd.grad(loss, vector)
+    clock("backward")
+    accuracy = (logits.detach().argmax(-1) == targets.flatten()).to(loss.dtype).mean() * share
+    return result, torch.stack([loss.detach(), accuracy])
+
+
+class Workers:
+    """Computes gradients with `count` processes, this one among them."""
+
+    def __init__(self, config: Config, images: ImageSet, vector: Tensor, count: int) -> None:
+        """vector [size] holds the parameters; with several processes it must lie in shared memory."""
+        self.config, self.layout, self.images, self.vector = config, Layout(config), images, vector
+        bounds = [config.episodes_per_step * i // count for i in range(count + 1)]
+        self.own = slice(0, bounds[1])
+        self.connections: list[Connection] = []
+        self.results = [torch.zeros_like(vector).share_memory_() for _ in range(count - 1)]
+        keep_freed_memory()
+        if vector.device.type == "cpu":
+            torch.set_num_threads(1)
+        context = torch.multiprocessing.get_context("spawn")
+        self.processes = []
+        for result, start, stop in zip(self.results, bounds[1:], bounds[2:], strict=False):
+            here, there = context.Pipe()
+            arguments = (there, config, images, vector, result, slice(start, stop))
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.connections.append(here)
+            self.processes.append(process)
+
+    def gradient(self, step: int, clock: Clock = lambda name: None) -> tuple[Tensor, Tensor]:
+        """Gradient [size] of the step's mean loss, and (loss, accuracy) [2]; sums are always in the same order."""
+        for connection in self.connections:
+            connection.send(step)
+        total, figures = gradient(self.config, self.layout, self.images, self.vector, step, self.own, clock)
+        for connection, result in zip(self.connections, self.results, strict=True):
+            answer: Any = connection.recv()
+            if isinstance(answer, BaseException):
+                raise answer
+            total += result
+            figures += torch.tensor(answer)
+        clock("wait")
+        return total, figures
+
+    def close(self) -> None:
+        """End the other processes."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.join(timeout=10)
+
+
+def serve(
+    connection: Connection, config: Config, images: ImageSet, vector: Tensor, result: Tensor, part: slice
+) -> None:
+    """A worker process: for each step number that comes, leave the gradient in `result`; ends when the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    layout = Layout(config)
+    while True:
+        try:
+            step = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            mine, figures = gradient(config, layout, images, vector, step, part)
+            result.copy_(mine)
+            connection.send(figures.tolist())
+        except Exception as error:
+            connection.send(error)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of returning them: fresh pages cost 10 to 20 % of a step on a CPU."""
+    if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 1 << 30)

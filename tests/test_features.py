@@ -1,0 +1,99 @@
+"""Laws of the image features that the transformer sees."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import configs, generic_parameters, permutations, seeds
+from tolerances import assert_close
+
+from mini_ht.features import SHARED_STRIDES, local_features, shared_features
+from mini_ht.plan import local_convs, plan
+
+
+def images_for(size, channels, seed, episodes=2, images=3):
+    return np.random.default_rng(seed).standard_normal((episodes, images, size, size, channels))
+
+
+def conv(x, parameters, name, stride, padding):
+    """torch's own conv with bias, channels first: x [B, C, H, W]."""
+    weight = torch.from_numpy(parameters[f"{name}.weight"]).permute(3, 2, 0, 1)
+    return F.conv2d(x, weight, torch.from_numpy(parameters[f"{name}.bias"]), stride, padding)
+
+
+def channels_first(x):
+    return torch.from_numpy(x.reshape(-1, *x.shape[2:])).permute(0, 3, 1, 2)
+
+
+@given(config=configs(shared_features=4), seed=seeds)
+def test_shared_features_are_four_convs_and_a_mean(library, config, seed):
+    """Four 3x3 convs 'same', each with ReLU, of strides 2, 2, 2, 1; then the mean over space."""
+    parameters, x = generic_parameters(config, seed), images_for(config.image_size, config.image_channels, seed)
+    y = channels_first(x)
+    for number, stride in enumerate(SHARED_STRIDES):
+        y = conv(y, parameters, f"shared.conv{number}", stride, 1).relu()
+    found = shared_features(library.to(parameters), config, library.to(x))
+    assert_close(found, y.mean((2, 3)).reshape(2, 3, 4))
+
+
+@given(config=configs(local_features=3, generate="all"), seed=seeds, data=st.data())
+def test_local_features_are_the_convs_before_their_relu(library, config, seed, data):
+    """Each 'valid' conv's output before its ReLU, averaged over space; the next conv sees it after."""
+    layer = data.draw(st.sampled_from(plan(config)))
+    inputs = config.image_channels if layer.name == "conv1" else config.channels
+    parameters, x = generic_parameters(config, seed), images_for(layer.size, inputs, seed)
+    y, wanted = channels_first(x), []
+    for number, local in enumerate(layer.local):
+        y = conv(y, parameters, f"{layer.name}.local{number}", local.stride, 0)
+        wanted.append(y.mean((2, 3)))
+        y = y.relu()
+    found = local_features(library.to(parameters), layer, library.to(x))
+    assert_close(found, torch.cat(wanted, -1).reshape(2, 3, -1))
+
+
+@given(size=st.integers(1, 40), width=st.integers(1, 4), depth=st.integers(1, 2))
+def test_local_convs_fit_their_input(size, width, depth):
+    """Any map has at least one local conv; every kernel fits; the first has stride 2 if it can move."""
+    convs = local_convs(size, 5, width, depth)
+    assert 1 <= len(convs) <= depth and local_convs(size, 5, 0, depth) == ()
+    assert [conv.inputs for conv in convs] == [5, width][: len(convs)]
+    for number, conv in enumerate(convs):
+        assert conv.kernel == min(3, size) and conv.stride == (2 if number == 0 and size > 3 else 1)
+        size = (size - conv.kernel) // conv.stride + 1
+        assert size >= 1 and conv.outputs == width
+    assert len(convs) == depth or size < 3
+
+
+@given(config=configs(shared_features=4, local_features=3, generate="all"), seed=seeds, data=st.data())
+def test_features_belong_to_one_image(library, config, seed, data):
+    """Images in another order have their features in that order: no image sees another."""
+    parameters, layer = library.to(generic_parameters(config, seed)), plan(config)[0]
+    x = images_for(config.image_size, config.image_channels, seed, images=4)
+    order = data.draw(permutations(4))
+    for features in (
+        lambda x: library.back(shared_features(parameters, config, library.to(x))),
+        lambda x: library.back(local_features(parameters, layer, library.to(x))),
+    ):
+        together = features(x)
+        assert_close(features(x[:, order]), together[:, order])
+        assert_close(features(x[1:, 2:3]), together[1:, 2:3])
+
+
+@given(config=configs(shared_features=0, local_features=0), seed=seeds)
+def test_no_features_have_width_0(library, config, seed):
+    """Without features both extractors give arrays of width 0, so that nothing else has to ask."""
+    x = library.to(images_for(config.image_size, config.image_channels, seed).astype(np.float32))
+    parameters = library.to(generic_parameters(config, seed, np.float32))
+    assert not any("shared" in name or "local" in name for name in parameters)
+    for found in (shared_features(parameters, config, x), local_features(parameters, plan(config)[0], x)):
+        assert tuple(found.shape) == (2, 3, 0) and library.back(found).dtype == np.float32
+
+
+@given(config=configs(shared_features=4, local_features=3, generate="all"), seed=seeds)
+def test_float32_stays_float32(library, config, seed):
+    """float32 in, float32 out."""
+    x = library.to(images_for(config.image_size, config.image_channels, seed).astype(np.float32))
+    parameters = library.to(generic_parameters(config, seed, np.float32))
+    assert library.back(shared_features(parameters, config, x)).dtype == np.float32
+    assert library.back(local_features(parameters, plan(config)[0], x)).dtype == np.float32
