@@ -1,4 +1,4 @@
-"""One signature for the conv block and the shared conv; `implementation` is the only place that picks who computes them."""
+"""One signature for the conv block and the shared conv; `implementation` alone picks who computes them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def implementation(impl: str, x: Array) -> Any:
 
 
 def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1, padding: int = 0, impl: str = "auto") -> Array:
-    """A conv with one weight for all images: x [B, H, W, Cin], weight [k, k, Cin, Cout], bias [Cout] -> [B, H', W', Cout].
+    """One weight for all images: x [B, H, W, Cin], weight [k, k, Cin, Cout], bias [Cout] -> [B, H', W', Cout].
 
     H' = (H + 2 padding - k) // stride + 1.
     """
@@ -66,30 +66,24 @@ def conv_block(
     Returns:
         ([E, N, H // 2, W // 2, Cout], the (mean, variance) that were used).
     """
-    xp = namespace(x)
-    pooled = implementation(impl, x).conv_max_pool(x, weight)  # [E, N, H // 2, W // 2, Cout]
+    computer = implementation(impl, x)
+    pooled = computer.conv_max_pool(x, weight)  # [E, N, H // 2, W // 2, Cout]
     # The activation never decreases, so it may come after the pool, where there is a quarter of the values.
     if bias is not None:
         pooled = pooled + bias[:, None, None, None, :]
-    active = xp.where(pooled > 0, pooled, slope * pooled) if slope else relu(pooled)
-    if not isinstance(x,np.ndarray) and mask is None and statistics is None:
-        from mini_ht.kernels.torch_conv import BatchNorm
-        y, m, v = BatchNorm.apply(active, gamma, beta, NORM_EPS)
-        return y, (m, v)
-    mean, variance = channel_statistics(active, mask) if statistics is None else statistics
+    active = namespace(x).where(pooled > 0, pooled, slope * pooled) if slope else relu(pooled)
+    if statistics is None and mask is None:
+        return computer.batch_norm(active, gamma, beta, NORM_EPS)
+    mean, variance = statistics or masked_statistics(active, mask)
     scale = gamma * (variance + NORM_EPS) ** -0.5  # [E, Cout]
     shift = beta - mean * scale  # [E, Cout]
     return active * scale[:, None, None, None, :] + shift[:, None, None, None, :], (mean, variance)
 
 
-def channel_statistics(x: Array, mask: Array | None) -> tuple[Array, Array]:
+def masked_statistics(x: Array, mask: Array) -> tuple[Array, Array]:
     """Mean and variance of each channel over the images that count: x [E, N, h, w, C], mask [E, N] -> two of [E, C]."""
-    axes = (1, 2, 3)
-    if mask is None:
-        mean = x.mean(axes)  # [E, C]
-        return mean, ((x - mean[:, None, None, None, :]) ** 2).mean(axes)
     counts = as_floats(mask, x)  # [E, N]
     share = counts / (counts.sum(-1)[:, None] * (x.shape[2] * x.shape[3]))  # [E, N], sums to 1 over all values
     share = share[:, :, None, None, None]
-    mean = (x * share).sum(axes)  # [E, C]
-    return mean, ((x - mean[:, None, None, None, :]) ** 2 * share).sum(axes)
+    mean = (x * share).sum((1, 2, 3))  # [E, C]
+    return mean, ((x - mean[:, None, None, None, :]) ** 2 * share).sum((1, 2, 3))

@@ -9,7 +9,7 @@ Floats = NDArray[np.floating]
 
 
 def neighbourhoods(x: Floats, kernel: int, stride: int, padding: int) -> Floats:
-    """Every k x k neighbourhood as one row: x [B, H, W, C] -> [B, H', W', k * k * C], in the order (row, column, channel)."""
+    """Every k x k neighbourhood as a row (row, column, channel): x [B, H, W, C] -> [B, H', W', k * k * C]."""
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))  # [B, H + 2p, W + 2p, C]
     batch, height, width, channels = x.shape
     rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1
@@ -45,7 +45,9 @@ def window_weight(weight: Floats) -> Floats:
 
 
 def conv_max_pool(x: Floats, weight: Floats) -> Floats:
-    """conv 3x3 'same', then 2x2 max-pool (valid): x [E, N, H, W, Cin], weight [E, 3, 3, Cin, Cout] -> [E, N, h, w, Cout].
+    """conv 3x3 'same', then 2x2 max-pool (valid).
+
+    x [E, N, H, W, Cin], weight [E, 3, 3, Cin, Cout] -> [E, N, h, w, Cout] with h = H // 2, w = W // 2.
 
     One matrix row is one pooling window, so the conv outputs that a window compares lie side by side.
     """
@@ -58,3 +60,15 @@ def conv_max_pool(x: Floats, weight: Floats) -> Floats:
     four = [values[..., k * outputs : (k + 1) * outputs] for k in range(4)]
     pooled = np.maximum(np.maximum(four[0], four[1]), np.maximum(four[2], four[3]))
     return pooled.reshape(episodes, images, h, w, outputs)
+
+
+def batch_norm(x: Floats, gamma: Floats, beta: Floats, eps: float) -> tuple[Floats, tuple[Floats, Floats]]:
+    """Each channel of each episode to mean 0 and variance 1, then scaled and shifted.
+
+    x [E, N, h, w, C], gamma and beta [C] -> (like x, (mean, variance), each [E, C]).
+    """
+    mean = x.mean((1, 2, 3), keepdims=True)  # [E, 1, 1, 1, C]
+    centred = x - mean
+    variance = (centred * centred).mean((1, 2, 3), keepdims=True)  # [E, 1, 1, 1, C]
+    y = centred * (gamma * (variance + x.dtype.type(eps)) ** -0.5) + beta
+    return y, (mean[:, 0, 0, 0], variance[:, 0, 0, 0])

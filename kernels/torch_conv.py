@@ -17,7 +17,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -
 
 
 def conv_max_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """conv 3x3 'same', then 2x2 max-pool (valid): x [E, N, H, W, Cin], weight [E, 3, 3, Cin, Cout] -> [E, N, h, w, Cout].
+    """conv 3x3 'same', then 2x2 max-pool (valid).
+
+    x [E, N, H, W, Cin], weight [E, 3, 3, Cin, Cout] -> [E, N, h, w, Cout] with h = H // 2, w = W // 2.
 
     One convolution with a group per episode. A tie in the pool goes to the first maximum.
     """
@@ -42,6 +44,15 @@ def channels_as_episodes(x: Tensor, episodes: int) -> Tensor:
     return x.permute(0, 2, 3, 1).unflatten(-1, (episodes, -1)).permute(3, 0, 1, 2, 4)
 
 
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Each channel of each episode to mean 0 and variance 1, then scaled and shifted.
+
+    x [E, N, h, w, C], gamma and beta [C] -> (like x, (mean, variance), each [E, C]).
+    """
+    y, mean, variance = BatchNorm.apply(x, gamma, beta, eps)
+    return y, (mean, variance)
+
+
 class BatchNorm(torch.autograd.Function):
     """Batch norm per episode and channel with the library's fused kernels, whose statistics pass on gradients, too."""
 
@@ -61,7 +72,7 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         images, weights, mean, rstd = ctx.saved_tensors
         episodes, channels = ctx.shape[0], ctx.shape[-1]
-        g, g_mean, g_variance = gradients
+        g, g_mean, g_variance = gradients  # None where nobody used the output
         g = episodes_as_channels(g)  # [N, E * C, h, w]
         dx, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
             g, images, weights, None, None, mean, rstd, True, ctx.eps, [True, True, True]

@@ -1,4 +1,4 @@
-"""mini_ht: a transformer that reads a few labelled images and writes the weights of a small CNN for exactly that task."""
+"""mini_ht: a transformer reads a few labelled images and writes the weights of a small CNN for exactly that task."""
 
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config

@@ -20,6 +20,11 @@ def namespace(x: Array) -> Any:
     return np if isinstance(x, np.ndarray) else sys.modules["torch"]
 
 
+def fused(x: Array) -> Any:
+    """torch.nn.functional for a tensor, None for an ndarray: torch has as one call what NumPy spells out."""
+    return None if isinstance(x, np.ndarray) else sys.modules["torch"].nn.functional
+
+
 def as_floats(mask: Array, like: Array) -> Array:
     """A boolean array as 0.0 and 1.0 in the dtype of `like` (NumPy and torch spell the cast differently)."""
     return mask.astype(like.dtype) if isinstance(mask, np.ndarray) else mask.to(like.dtype)

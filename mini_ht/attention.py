@@ -7,32 +7,34 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mini_ht.arrays import Array, namespace, relu
+from mini_ht.arrays import Array, fused, namespace, relu
 from mini_ht.config import Config
 
 LAYER_NORM_EPS = 1e-6
 
 
-def dense(parameters, name, x):
-    w,b=parameters[name],parameters[f"{name}_bias"]
-    if namespace(x) is np: return x@w+b
-    return namespace(x).nn.functional.linear(x,w.mT,b)
+def dense(parameters: Mapping[str, Array], name: str, x: Array) -> Array:
+    """x W + b: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias] -> [..., outputs]."""
+    weight, bias = parameters[name], parameters[f"{name}_bias"]
+    if torch_functions := fused(x):
+        return torch_functions.linear(x, weight.mT, bias)
+    return x @ weight + bias
+
 
 def softmax(x: Array) -> Array:
     """Over the last axis, any shape; an entry of -inf gets weight 0."""
-    xp = namespace(x)
-    if xp is not np:
-        return x.softmax(-1)
-    weights = xp.exp(x - xp.amax(x, axis=-1, keepdims=True))
-    return weights / weights.sum(-1)[..., None]
+    if torch_functions := fused(x):
+        return torch_functions.softmax(x, -1)
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def layer_norm(x: Array, gain: Array, offset: Array) -> Array:
-    """Each token to mean 0 and variance 1 over its D coordinates, then scaled and shifted: x [..., D], gain, offset [D]."""
-    if namespace(x) is not np:
-        return namespace(x).nn.functional.layer_norm(x, gain.shape, gain, offset, LAYER_NORM_EPS)
-    centred = x - x.mean(-1)[..., None]
-    variance = (centred * centred).mean(-1)[..., None]
+    """Each token to mean 0, variance 1 over its D coordinates, then scaled, shifted: x [..., D], gain, offset [D]."""
+    if torch_functions := fused(x):
+        return torch_functions.layer_norm(x, gain.shape, gain, offset, LAYER_NORM_EPS)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
     return centred * (variance + LAYER_NORM_EPS) ** -0.5 * gain + offset
 
 
@@ -55,9 +57,8 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
     Returns:
         [..., Tq, value width].
     """
-    xp = namespace(query)
-    if xp is not np:
-        return xp.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    if torch_functions := fused(query):
+        return torch_functions.scaled_dot_product_attention(query, key, value, mask)
     scores = query @ key.mT * key.shape[-1] ** -0.5  # [..., Tq, T]
     if mask is not None:
         scores = np.where(mask, scores, -math.inf)

@@ -17,7 +17,7 @@ def check_support(
     mask: Array | None,
     values: bool = True,
 ) -> None:
-    """Raise InputError unless support, labels and mask have the shapes, dtypes and (if asked) values that generate needs."""
+    """Raise InputError unless support, labels and mask have shapes, dtypes and (if asked) values that fit."""
     shape = (config.image_size, config.image_size, config.image_channels)
     if support.ndim not in (4, 5) or tuple(support.shape[-3:]) != shape:
         raise InputError(
@@ -33,7 +33,9 @@ def check_support(
             f"{type(wanted).__name__}, {wanted.dtype}: bring both to one library and dtype (pixels in [0, 1])"
         )
     if tuple(labels.shape) != tuple(support.shape[:-3]):
-        raise InputError(f"labels have shape {list(labels.shape)}; wanted one for each image, {list(support.shape[:-3])}")
+        raise InputError(
+            f"labels have shape {list(labels.shape)}; wanted one for each image, {list(support.shape[:-3])}"
+        )
     if "int" not in str(labels.dtype):
         raise InputError(f"labels are {labels.dtype}; wanted integers in -1 .. {config.way - 1}, -1 for unlabelled")
     if mask is not None and (tuple(mask.shape) != tuple(labels.shape) or "bool" not in str(mask.dtype)):
@@ -54,4 +56,6 @@ def check_values(config: Config, support: Array, labels: Array, mask: Array | No
         )
     labelled = labels >= 0 if mask is None else (labels >= 0) & mask
     if not bool(labelled.any(-1).all()):
-        raise InputError("an episode has no labelled image; give at least one (classes without one are never predicted)")
+        raise InputError(
+            "an episode has no labelled image; give at least one (classes without one are never predicted)"
+        )

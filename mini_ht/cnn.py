@@ -82,6 +82,6 @@ class GeneratedCNN:
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """Flatten each image's activations and apply the logits layer: x [E, N, h, w, C], weight [E, way, F + 1] -> [E, N, way]."""
+    """The logits layer on flattened activations: x [E, N, h, w, C], weight [E, way, F + 1] -> [E, N, way]."""
     flat = x.reshape(*x.shape[:2], -1)  # [E, N, F]
     return flat @ weight[..., :-1].mT + weight[:, None, :, -1]

@@ -150,7 +150,7 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> Config:
-        """The Config that `to_json` wrote; unknown or missing fields raise InputError, as another version wrote them."""
+        """The Config that `to_json` wrote; InputError for unknown or missing fields, which another version wrote."""
         try:
             fields: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError as error:

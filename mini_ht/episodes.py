@@ -48,8 +48,8 @@ def sample(
         way, shot, queries, unlabelled: classes, and images a class in the support set (labelled), in the query set, and
             in the support set (unlabelled). Labels 0 .. way-1 go to the drawn classes at random.
         rotate: turn each class of an episode by a random multiple of 90 degrees, support and query alike.
-        protocol: "disjoint" keeps support images out of the query; "released" draws the two independently of each other,
-            as the released code does.
+        protocol: "disjoint" keeps support images out of the query; "released" draws the two independently, as the
+            released code does.
         part: of the E episodes drawn, those whose images are wanted (a worker's share).
 
     Raises:

@@ -82,7 +82,7 @@ def evaluate(
 
 
 def pixel_nearest_mean(batches: Iterator[Episodes]) -> Score:
-    """Accuracy of the class whose labelled support images have the nearest mean in pixel space: the honest yardstick."""
+    """Accuracy of choosing the class with the nearest mean of labelled support images, in pixels: a yardstick."""
 
     def classify(batch: Episodes) -> NDArray[np.integer]:
         support = batch.support.reshape(*batch.labels.shape, -1)  # [E, n, H * W * C]

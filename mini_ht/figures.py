@@ -44,12 +44,10 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], fi
     save_figure(figure, file)
 
 
-def draw_episode(
-    parameters: Mapping[str, NDArray[np.floating]], config: Config, episode: Episodes, file: Path
-) -> None:
-    """The first episode of a batch: support images, generated first-layer kernels, queries with true and guessed class.
+def draw_episode(parameters: Mapping[str, NDArray[np.floating]], config: Config, episode: Episodes, file: Path) -> None:
+    """The first episode of a batch: support images, generated first-layer kernels, queries with their guesses.
 
-    One row a class. A green frame is a right answer, a red one a wrong answer; the number is the class that was guessed.
+    One row a class. A green frame is a right answer, a red one a wrong answer; the number is the guessed class.
     """
     cnn = generate(parameters, config, episode.support[0], episode.labels[0])
     guesses = cnn(episode.query[0]).argmax(-1)  # [m]

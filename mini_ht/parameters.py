@@ -153,9 +153,7 @@ def checkpoint_path(path: str | os.PathLike[str]) -> Path:
     return file if file.suffix == ".safetensors" else file / CHECKPOINT
 
 
-def write_tensors(
-    file: Path, tensors: Mapping[str, NDArray[Any]], config: Config, more: Mapping[str, str]
-) -> Path:
+def write_tensors(file: Path, tensors: Mapping[str, NDArray[Any]], config: Config, more: Mapping[str, str]) -> Path:
     """Write tensors beside the config and further metadata, atomically."""
     metadata = {"format": FORMAT, "config": config.to_json(), **more}
     # NumPy arrays may be views with other strides; safetensors stores them as they lie in memory.
@@ -187,7 +185,9 @@ def write_atomically(file: Path, data: bytes) -> None:
         ) from error
 
 
-def read_tensors(file: Path, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, NDArray[Any]], Config, dict[str, str]]:
+def read_tensors(
+    file: Path, prefixes: tuple[str, ...] = ("",)
+) -> tuple[dict[str, NDArray[Any]], Config, dict[str, str]]:
     """Tensors, config and metadata of a checkpoint; for each prefix every parameter of the config must be there."""
     try:
         data = file.read_bytes()

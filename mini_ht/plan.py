@@ -78,7 +78,7 @@ def plan(config: Config) -> tuple[Layer, ...]:
 
 
 def local_convs(size: int, inputs: int, width: int, depth: int) -> tuple[LocalConv, ...]:
-    """The convs over activations `[size, size, inputs]`: stride 2, then stride 1; a map too small for one ends the row."""
+    """The convs over activations [size, size, inputs]: stride 2, then stride 1; a map too small for one ends it."""
     convs: list[LocalConv] = []
     while width and len(convs) < depth and (size >= KERNEL or not convs):
         kernel = min(KERNEL, size)

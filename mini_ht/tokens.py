@@ -16,9 +16,7 @@ def pad_width(x: Array, width: int) -> Array:
     return x if missing == 0 else xp.concat([x, xp.broadcast_to(0 * x[..., :1], (*x.shape[:-1], missing))], axis=-1)
 
 
-def support_tokens(
-    parameters: Mapping[str, Array], layer: Layer, labels: Array, local: Array, shared: Array
-) -> Array:
+def support_tokens(parameters: Mapping[str, Array], layer: Layer, labels: Array, local: Array, shared: Array) -> Array:
     """[xi(label) | local | shared | zeros] for each support image.
 
     Args:

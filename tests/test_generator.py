@@ -131,9 +131,15 @@ def test_an_absent_class_is_never_predicted(library, case):
     assert (logits[~wanted] == -np.inf).all()
 
 
-@given(case=cases(), dtype=st.sampled_from(["float64", "float32"]))
-def test_numpy_and_torch_agree(case, dtype):
+# A norm over one image of 1 x 1 pixels divides rounding errors by sqrt(NORM_EPS): in float32, with one query, both
+# libraries are then up to 2e-4 from the float64 result, and from each other. With three of each they are well within.
+ENOUGH = {"float64": (1, 5), "float32": (3, 5)}
+
+
+@given(data=st.data(), dtype=st.sampled_from(["float64", "float32"]))
+def test_numpy_and_torch_agree(data, dtype):
     """NumPy, torch that records gradients and torch that does not give the same logits, in the dtype that came in."""
+    case = data.draw(cases(images=ENOUGH[dtype], queries=ENOUGH[dtype]))
     parameters = {name: x.astype(dtype) for name, x in case.parameters.items()}
     support, query = case.support.astype(dtype), case.query.astype(dtype)
     ours = generate(parameters, case.config, support, case.labels, case.mask)(query)

@@ -18,7 +18,7 @@ from safetensors.numpy import save as to_bytes
 from strategies import configs, generic_parameters, seeds
 
 from mini_ht import Config, InputError, draw_parameters, generate, load, preset, save, to_numpy, to_torch
-from mini_ht.parameters import FORMAT, generator_size, parameter_table
+from mini_ht.parameters import FORMAT, RESIDUAL_GAIN, generator_size, parameter_table
 from mini_ht.plan import cnn_size
 
 SMALL = Config(way=3, channels=2, blocks=1, image_size=8, layers=1, shared_features=4)
@@ -64,24 +64,25 @@ def test_which_layers_have_which_parameters(config, choice, residual):
 
 
 def test_drawn_spread():
-    """Encodings have variance 1, dense layers 1 / fan-in, convs (before a ReLU) 2 / fan-in, around mean 0."""
+    """Encodings have variance 1, dense layers 1 / fan-in, convs 2 / fan-in; residual branches start small."""
     config = preset("omniglot-20way-1shot-8ch")
     for name, x in draw_parameters(config, 0, np.float64).items():
         if x.ndim == 1:
             continue
         variance = 1.0 if name.endswith((".xi", ".mu")) else (1 if x.ndim == 2 else 2) / math.prod(x.shape[:-1])
+        variance *= RESIDUAL_GAIN**2 if name.endswith((".output", ".outer")) else 1
         slack = 5 / math.sqrt(x.size)  # five standard errors, and more
         assert abs(x.std() / math.sqrt(variance) - 1) < slack, name
         assert abs(x.mean() / math.sqrt(variance)) < slack, name
 
 
-# Measured at the start, for two seeds, with slices read straight and through a map, both norm orders: generated conv
-# weights 0.77 .. 1.10, that is 1.6 to 6.6 times He's sqrt(2 / fan-in); logits weights 0.89 .. 1.11, logits 2.1 .. 3.0.
-# The batch norm behind every conv takes the scale of its weights away.
+# Measured for two seeds and both norm orders. Slices through a map: generated conv weights 0.83 .. 1.15, that is 1.8 to
+# 6.3 times He's sqrt(2 / fan-in), logits 3.0 .. 3.4. Slices read straight: 0.36 .. 0.67, 0.8 to 4 times, logits
+# 1.1 .. 1.6. The batch norm behind every conv takes the scale of its weights away.
 @pytest.mark.parametrize("readout", ["slice", "linear"])
 @pytest.mark.parametrize("encoder", ["pre-norm", "post-norm"])
-def test_generated_weights_start_at_unit_scale(readout, encoder):
-    """Before training, generated weights have a standard deviation near 1 and differ a little between tasks."""
+def test_generated_weights_start_at_a_sane_scale(readout, encoder):
+    """Before training, generated weights have a standard deviation of order 1 and differ a little between tasks."""
     config = preset("omniglot-20way-1shot-8ch" + ("-released" if readout == "slice" else ""))
     config = dataclasses.replace(config, encoder=encoder)
     assert config.readout == readout
@@ -89,9 +90,9 @@ def test_generated_weights_start_at_unit_scale(readout, encoder):
     support = (rng.random((4, 20, 28, 28, 1)) < 0.15).astype(np.float32)
     cnn = generate(draw_parameters(config, 0), config, support, np.tile(np.arange(20), (4, 1)))
     for weight in (*(conv.weight for conv in cnn.convs), cnn.logits_weight):
-        assert 0.6 < weight.std() < 1.4 and abs(weight.mean()) < 0.5
-        assert weight.std(0).mean() > 0.005
-    assert 1 < cnn(support).std() < 5
+        assert 0.25 < weight.std() < 1.5 and abs(weight.mean()) < 0.5
+        assert weight.std(0).mean() > 0.003
+    assert 0.7 < cnn(support).std() < 5
 
 
 @given(config=configs(), dtype=st.sampled_from([np.float32, np.float64]))

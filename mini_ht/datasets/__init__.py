@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from mini_ht.errors import InputError
 from mini_ht.datasets.folder import folder, read_class_folders
 from mini_ht.datasets.glyphs import glyphs
 from mini_ht.datasets.images import ImageSet, read_image
 from mini_ht.datasets.omniglot import cache_dir, download, omniglot
+from mini_ht.errors import InputError
 
 DATASETS = ("glyphs", "omniglot", "folder")
 __all__ = ["DATASETS", "ImageSet", "cache_dir", "download", "folder", "glyphs", "omniglot", "open_dataset"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mini_ht.errors import InputError
 from mini_ht.datasets.images import ImageSet, progress, read_image
+from mini_ht.errors import InputError
 
 
 def folder(data_dir: str | Path, size: int, channels: int, seed: int = 0) -> dict[str, ImageSet]:

@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from mini_ht.errors import InputError
 from mini_ht.datasets.images import ImageSet
+from mini_ht.errors import InputError
 
 STROKES, POINTS = 4, 40  # most strokes of a character; pen positions along each
 _CHUNK = 16  # characters rendered together: 16 x 20 drawings of 28 x 28 need about 50 MB

@@ -14,8 +14,8 @@ from typing import IO
 
 import numpy as np
 
-from mini_ht.errors import InputError
 from mini_ht.datasets.images import ImageSet, progress, read_image
+from mini_ht.errors import InputError
 
 HOME = "https://github.com/brendenlake/omniglot/raw/master/python/"
 ARCHIVES = {  # name: (characters, MD5 of the published file)
@@ -84,7 +84,7 @@ def _load(data_dir: Path, size: int) -> ImageSet:
     try:
         with np.load(cached) as arrays:
             pixels, names = arrays["pixels"], arrays["names"]
-    except Exception:  # noqa: BLE001 - whatever is wrong with the cache, the archives are there to start again from
+    except Exception:
         parts = [_read_archive(data_dir / name, classes, size) for name, (classes, _) in ARCHIVES.items()]
         pixels, names = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         with suppress(OSError):  # an unwritable cache costs seconds at the next start, nothing else

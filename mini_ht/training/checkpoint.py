@@ -56,7 +56,9 @@ def load_run(run_dir: Path, config: Config, device: torch.device) -> State:
     if same != config:
         ours, theirs = dataclasses.asdict(config), dataclasses.asdict(saved)
         differs = ", ".join(f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours if ours[name] != theirs[name])
-        raise InputError(f"the run in {run_dir} has another config ({differs}); resume with its own, or use another folder")
+        raise InputError(
+            f"the run in {run_dir} has another config ({differs}); resume with its own, or use another folder"
+        )
     layout = Layout(config)
     vectors = {
         name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device) for name in VECTORS

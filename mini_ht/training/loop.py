@@ -1,4 +1,4 @@
-"""The training loop: AdamW on the loss of the generated CNNs' query answers, resumable, logged, stopped by time or count."""
+"""The training loop: AdamW on the query loss of the generated CNNs; resumable, logged, ended by time or count."""
 
 from __future__ import annotations
 
@@ -203,9 +203,9 @@ class Log:
         self.since = (state.step, state.seconds)
         self.speed = 0.0
         unit = "episode" if config.episodes else "s"
-        total = config.episodes or round(60 * config.minutes)
+        self.total = config.episodes or round(60 * config.minutes)
         bar = "{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} {postfix}"
-        self.bar = tqdm(total=total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
+        self.bar = tqdm(total=self.total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
 
     def add(self, loss: float, accuracy: float, norm: float, rate: float) -> float:
         """Take in the figures of a step; returns the smoothed loss. Every 50 steps a row is written."""
@@ -227,8 +227,9 @@ class Log:
             self.speed = steps * self.config.episodes_per_step / seconds
         unseen = "" if self.validation is None else f", unseen classes {100 * self.validation:.1f} %"
         self.bar.set_postfix_str(f"{self.speed:.0f} episodes/s, loss {self.loss:.3f}{unseen}", refresh=False)
-        now = self.state.step * self.config.episodes_per_step if self.config.episodes else self.state.seconds
-        self.bar.n = min(round(now), self.bar.total)
+        episodes = self.state.step * self.config.episodes_per_step
+        done = progress(self.config, episodes, self.state.seconds)
+        self.bar.n = round(done * self.total)
         self.bar.refresh()
 
     def write(self) -> None:

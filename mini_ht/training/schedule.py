@@ -22,5 +22,5 @@ def learning_rate(config: Config, done: float) -> float:
 
 
 def average_decay(config: Config, step: int) -> float:
-    """Decay of the running average of the parameters: shorter at the start, so that the random start is soon forgotten."""
+    """Decay of the running average of the parameters: short at first, so that the random start is forgotten."""
     return min(config.ema, (1 + step) / (10 + step))

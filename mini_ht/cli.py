@@ -1,0 +1,251 @@
+"""The command line, `mini-ht train | evaluate | bench | presets`: options come from Config and the classes here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from mini_ht.config import Config
+from mini_ht.errors import InputError
+from mini_ht.parameters import generator_size, load
+from mini_ht.plan import cnn_size
+from mini_ht.presets import QUICKSTART, preset, presets
+
+try:
+    import tyro
+    from tyro import MISSING_NONPROP
+    from tyro.conf import OmitArgPrefixes, Positional, arg
+except ImportError:
+    sys.exit("mini-ht: the command line needs more packages; run: pip install 'mini_ht[train]'")
+
+USAGE = """mini-ht: a transformer that reads a few labelled images and writes a small CNN for them
+
+  mini-ht train [PRESET]        train a generator, then measure it on unseen classes (default: quickstart)
+  mini-ht evaluate CHECKPOINT   accuracy of a trained generator on episodes of unseen classes
+  mini-ht bench train [PRESET]  training speed on this machine, and where the time goes
+  mini-ht presets               what can be trained, with the sizes of generator and generated CNN
+
+'mini-ht COMMAND --help' explains the options. First time? 'mini-ht train' takes two minutes and needs no data.
+"""
+DataDir = Annotated[
+    Path | None,
+    arg(help="Omniglot: folder of the two official archives (downloaded if not given). Folder: the class folders."),
+]
+Json = Annotated[bool, arg(name="json", help="Print one line of JSON instead of text.")]
+Name = Annotated[Positional[str], arg(metavar="PRESET", help="What to train; 'mini-ht presets' lists them.")]
+Command = TypeVar("Command")
+
+
+@dataclass
+class Train:
+    """Train a HyperTransformer, then measure it on episodes of classes that it has never seen.
+
+    Leaves in the run folder: model.safetensors (the generator), training.safetensors (to resume from), metrics.jsonl,
+    tensorboard/, summary.json, curve.png and episode.png. Ctrl-C stops with a checkpoint; --resume goes on from it.
+    """
+
+    preset: Name = QUICKSTART
+    data_dir: DataDir = None
+    run_dir: Annotated[Path | None, arg(help="Where results go; runs/PRESET if not given.")] = None
+    resume: Annotated[bool, arg(help="Go on from the run folder's last checkpoint, with its config.")] = False
+    overwrite: Annotated[bool, arg(help="Start again in a folder that holds a run.")] = False
+    workers: Annotated[int, arg(help="Processes that share a step; 0 takes one a core (one with a GPU).")] = 0
+    config: OmitArgPrefixes[Config] = field(default_factory=Config)
+
+
+@dataclass
+class Evaluate:
+    """Accuracy of a trained generator on episodes of unseen classes, with its 95 % interval and two yardsticks.
+
+    Whatever is not given is as in training.
+    """
+
+    checkpoint: Annotated[Positional[Path], arg(help="A run folder or a model.safetensors.")]
+    data_dir: DataDir = None
+    episodes: Annotated[int, arg(help="Episodes; quote nothing below 1,000.")] = 1000
+    norm: Annotated[Literal["batch", "support"] | None, arg(help="Norm statistics of the query pass.")] = None
+    protocol: Annotated[Literal["disjoint", "released"], arg(help="May support images be queries (released)?")] = (
+        "disjoint"
+    )
+    split: Annotated[Literal["random", "alphabet"] | None, arg(help="Omniglot only: how characters are split.")] = None
+    part: Annotated[Literal["test", "validation", "train"], arg(help="Which part of the classes.")] = "test"
+    way: Annotated[int | None, arg(help="Classes of an episode, up to those trained for.")] = None
+    shot: Annotated[int | None, arg(help="Labelled images a class.")] = None
+    unlabelled: Annotated[int | None, arg(help="Unlabelled images a class.")] = None
+    queries: Annotated[int, arg(help="Query images a class; with norm 'batch' they are normalised together.")] = 5
+    seed: Annotated[int, arg(help="Seed of the episodes.")] = 0
+    json: Json = False
+
+
+@dataclass
+class Bench:
+    """Training speed of a preset on this machine, on built-in images, and the share of each part of a step."""
+
+    what: Annotated[Positional[Literal["train"]], arg(help="What to time.")]
+    preset: Name = QUICKSTART
+    workers: Annotated[int, arg(help="Processes that share a step; 0 takes one a core.")] = 0
+    json: Json = False
+
+
+@dataclass
+class Presets:
+    """List the presets with the sizes of the generator and of the CNN that it writes."""
+
+    json: Json = False
+
+
+def train(options: Train) -> None:
+    """Train, measure, and write summary and figures."""
+    from mini_ht.training.loop import train as run_training
+    from mini_ht.training.report import clear_run, report
+
+    config = options.config
+    run_dir = options.run_dir or Path("runs") / options.preset
+    images = open_images(config, options.data_dir)
+    if options.overwrite and not options.resume:
+        clear_run(run_dir)
+    state = run_training(config, images, run_dir, resume=options.resume, workers=options.workers)
+    print(report(config, images["test"], run_dir, state))
+
+
+def evaluate(options: Evaluate) -> None:
+    """Measure a checkpoint and print the figures."""
+    from mini_ht.training.report import measure
+
+    parameters, config = load(options.checkpoint)
+    split = options.split or config.split
+    if split != config.split:
+        print(
+            f"note: trained on split {config.split!r}, so some of these classes were seen in training", file=sys.stderr
+        )
+    images = open_images(dataclasses.replace(config, split=split), options.data_dir)
+    if options.part not in images:
+        raise InputError(f"this data has no part {options.part!r}; choose one of {', '.join(images)}")
+    way = options.way or config.way
+    if not 2 <= way <= config.way:
+        raise InputError(f"way is {way}; this generator serves 2 .. {config.way} classes")
+    figures: dict[str, Any] = measure(
+        parameters,
+        config,
+        images[options.part],
+        episodes=options.episodes,
+        norm=options.norm or config.norm,
+        protocol=options.protocol,
+        way=way,
+        shot=options.shot or config.shot,
+        unlabelled=config.unlabelled if options.unlabelled is None else options.unlabelled,
+        queries=options.queries,
+        seed=options.seed,
+    )
+    figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
+    if options.json:
+        print(json.dumps(figures))
+        return
+    print(
+        f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of {options.part} classes, "
+        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}\n"
+        f"accuracy            {100 * figures['accuracy']:.2f} +- {100 * figures['interval']:.2f} %\n"
+        f"pixel nearest mean  {100 * figures['pixel_nearest_mean']:.2f} %\n"
+        f"chance              {100 * figures['chance']:.2f} %"
+    )
+
+
+def bench(options: Bench) -> None:
+    """Time training steps and print the figures."""
+    from mini_ht.bench import bench_training
+
+    figures = {"preset": options.preset, **bench_training(preset(options.preset), options.workers)}
+    if options.json:
+        print(json.dumps(figures))
+        return
+    print(
+        f"{options.preset}: {figures['episodes_per_second']} episodes/s with {figures['workers']} processes, "
+        f"{figures['episodes_per_step']} episodes a step\nshare of the main process's time:"
+    )
+    for name, share in figures["share"].items():
+        print(f"  {name:9s} {100 * share:5.1f} %")
+
+
+def list_presets(options: Presets) -> None:
+    """Print the table of presets."""
+    rows = {
+        name: {"generator": generator_size(config), "cnn": cnn_size(config), "cnn_bytes": 4 * cnn_size(config)}
+        for name, config in presets().items()
+    }
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'preset':42s} {'generator':>11s} {'generated CNN':>24s}")
+    for name, row in rows.items():
+        print(f"{name:42s} {row['generator']:11,} {row['cnn']:11,} ({row['cnn_bytes'] / 1000:7.1f} kB)")
+
+
+def open_images(config: Config, data_dir: Path | None) -> Any:
+    """The data set that a config asks for."""
+    from mini_ht.datasets import open_dataset
+
+    return open_dataset(
+        config.dataset, data_dir, size=config.image_size, channels=config.image_channels, split=config.split
+    )
+
+
+def train_defaults(arguments: Sequence[str]) -> Train:
+    """The options of `train` before the flags: a preset's config, or with --resume the one that the run began with."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else QUICKSTART
+    config = preset(name)
+    if "--resume" in arguments:
+        run_dir = Path("runs") / name
+        for position, argument in enumerate(arguments):
+            if argument == "--run-dir" and position + 1 < len(arguments):
+                run_dir = Path(arguments[position + 1])
+            elif argument.startswith("--run-dir="):
+                run_dir = Path(argument.partition("=")[2])
+        config = load(run_dir)[1]
+    return Train(preset=name, config=config)
+
+
+def parse(kind: Callable[..., Command], name: str, arguments: Sequence[str], default: Any = MISSING_NONPROP) -> Command:
+    """Options of one command; on --help or a mistake tyro prints it and exits with 0 or 2."""
+    return tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default)
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run one command."""
+    if name == "train":
+        train(parse(Train, name, arguments, train_defaults(arguments)))
+    elif name == "evaluate":
+        evaluate(parse(Evaluate, name, arguments))
+    elif name == "bench":
+        bench(parse(Bench, name, arguments))
+    elif name == "presets":
+        list_presets(parse(Presets, name, arguments))
+    else:
+        raise InputError(f"there is no command {name!r}; choose train, evaluate, bench or presets")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for input that can be corrected, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        run(arguments[0], arguments[1:])
+    except InputError as error:
+        print(f"mini-ht: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"mini-ht: {error.name} is not installed; run: pip install 'mini_ht[train]'", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mini-ht: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmini-ht: stopped; a checkpoint is saved, and the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,128 @@
+"""What a run was worth: accuracy on unseen classes beside two yardsticks, a summary and two figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mini_ht.config import Config
+from mini_ht.datasets.images import ImageSet
+from mini_ht.evaluation import Score, evaluate, evaluation_episodes, pixel_nearest_mean
+from mini_ht.figures import draw_curve, draw_episode, read_metrics
+from mini_ht.parameters import CHECKPOINT, load, to_torch, write_atomically
+from mini_ht.training.checkpoint import STATE, State
+from mini_ht.training.loop import METRICS
+
+SUMMARY, CURVE, EPISODE = "summary.json", "curve.png", "episode.png"
+EPISODES = 1000
+
+
+def measure(
+    parameters: Mapping[str, NDArray[np.floating]],
+    config: Config,
+    images: ImageSet,
+    *,
+    episodes: int,
+    norm: str,
+    protocol: str,
+    way: int,
+    shot: int,
+    unlabelled: int,
+    queries: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""
+    start = time.perf_counter()
+
+    def batches() -> Any:
+        return evaluation_episodes(
+            images,
+            episodes,
+            way=way,
+            shot=shot,
+            queries=queries,
+            unlabelled=unlabelled,
+            protocol=protocol,
+            seed=seed,
+        )
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.no_grad():
+        score: Score = evaluate(to_torch(parameters, device), config, batches(), norm)
+    return {
+        **dataclasses.asdict(score),
+        "chance": 1 / way,
+        "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy,
+        "protocol": protocol,
+        "norm": norm,
+        "way": way,
+        "shot": shot,
+        "unlabelled": unlabelled,
+        "queries": queries,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str:
+    """Measure the run's model on `images`, write summary.json, curve.png and episode.png; returns the text to print."""
+    parameters, _ = load(run_dir)
+    queries = min(5, int(images.counts.min()) - config.shot - config.unlabelled)
+    figures = measure(
+        parameters,
+        config,
+        images,
+        episodes=EPISODES,
+        norm=config.norm,
+        protocol=config.protocol,
+        way=config.way,
+        shot=config.shot,
+        unlabelled=config.unlabelled,
+        queries=queries,
+        seed=0,
+    )
+    episodes = state.step * config.episodes_per_step
+    summary = {
+        "accuracy": figures["accuracy"],
+        "interval": figures["interval"],
+        "chance": figures["chance"],
+        "pixel_nearest_mean": figures["pixel_nearest_mean"],
+        "episodes": episodes,
+        "episodes_per_second": round(episodes / max(state.seconds, 1e-9), 1),
+        "seconds": round(state.seconds, 1),
+        "evaluation": figures,
+        "config": dataclasses.asdict(config),
+    }
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
+    lines = {"nearest pixel mean": figures["pixel_nearest_mean"], "chance": figures["chance"]}
+    draw_curve(read_metrics(run_dir / METRICS), lines, run_dir / CURVE)
+    episode = next(
+        evaluation_episodes(
+            images, 1, way=config.way, shot=config.shot, queries=queries, unlabelled=config.unlabelled, seed=1
+        )
+    )
+    draw_episode(parameters, config, episode, run_dir / EPISODE)
+    return (
+        f"\n{config.way}-way {config.shot}-shot on classes never seen in training, {figures['episodes']:,} episodes, "
+        f"protocol {config.protocol}, norm {config.norm}\n"
+        f"  accuracy                  {100 * figures['accuracy']:6.2f} +- {100 * figures['interval']:.2f} %\n"
+        f"  nearest mean of pixels    {100 * figures['pixel_nearest_mean']:6.2f} %\n"
+        f"  chance                    {100 * figures['chance']:6.2f} %\n"
+        f"{episodes:,} training episodes in {state.seconds:.0f} s. Look at {run_dir / CURVE} and {run_dir / EPISODE}"
+    )
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    for name in (STATE, CHECKPOINT, METRICS, SUMMARY, CURVE, EPISODE):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
