@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from mini_ht.errors import InputError
 
@@ -18,98 +18,59 @@ class Config:
     """
 
     # The task
-    way: int = 20
-    """Classes of an episode; also the largest number of classes that the generator can serve."""
-    shot: int = 1
-    """Labelled support images a class."""
-    queries: int = 3
-    """Query images a class in a training episode."""
-    unlabelled: int = 0
-    """Unlabelled support images a class (section 3.2, semi-supervised)."""
-    image_size: int = 28
-    """Height and width of an image, in pixels."""
-    image_channels: int = 1
-    """1 for grey, 3 for RGB."""
+    way: int = 20  # Classes of an episode; also the largest number of classes that the generator can serve
+    shot: int = 1  # Labelled support images a class
+    queries: int = 3  # Query images a class in a training episode
+    unlabelled: int = 0  # Unlabelled support images a class (section 3.2, semi-supervised)
+    image_size: int = 28  # Height and width of an image, in pixels
+    image_channels: int = 1  # 1 for grey, 3 for RGB
 
     # The generated CNN
-    channels: int = 8
-    """Output channels of each conv block."""
-    blocks: int = 4
-    """Conv blocks; each halves height and width."""
-    slope: float = 0.0
-    """Slope of the activation for negative inputs: 0 is ReLU, 0.01 the usual leaky ReLU."""
-    norm: Literal["batch", "support"] = "batch"
-    """Norm statistics of the query pass: its own ("batch", transductive) or those of the support pass ("support")."""
-    generate: str = "all"
-    """Conv layers that are generated: all, logits (none of them), 1,3 (by number), first2, last2."""
-    generate_bias: bool = False
-    """Generate a bias for each conv channel, too."""
-    residual_weights: bool = False
-    """Add learned weights, the same for every task, to the generated conv weights."""
+    channels: int = 8  # Output channels of each conv block
+    blocks: int = 4  # Conv blocks; each halves height and width
+    slope: float = 0.0  # Slope of the activation for negative inputs: 0 is ReLU, 0.01 the usual leaky ReLU
+    norm: Literal["batch", "support"] = "batch"  # Norm statistics of queries: their own, or the support set's
+    generate: str = "all"  # Conv layers that are generated: all, logits (none of them), 1,3 (by number), first2, last2
+    generate_bias: bool = False  # Generate a bias for each conv channel, too
+    residual_weights: bool = False  # Add learned weights, the same for every task, to the generated conv weights
 
     # The generator
-    encoding: int = 32
-    """Width d of the class encodings xi and the placeholders mu."""
-    layers: int = 3
-    """Encoder layers of each transformer."""
-    heads: int = 2
-    """Attention heads."""
-    key_width: float = 1.0
-    """Query and key width as a fraction of the token width."""
-    value_width: float = 1.0
-    """Value width as a fraction of the token width."""
-    inner_width: float = 1.0
-    """Hidden width of the feed-forward part as a fraction of the token width; 0 drops that part."""
-    encoder: Literal["pre-norm", "post-norm"] = "pre-norm"
-    """Layer norm before each part of an encoder layer, or after it (as in the released code)."""
-    activation: Literal["relu", "gelu"] = "relu"
-    """Activation of the feed-forward part."""
-    shared_features: int = 32
-    """Width of the image features shared by all layers; 0 for none."""
-    taper: bool = False
-    """Make the first two convs behind the shared features a quarter and a half as wide: much cheaper."""
-    local_features: int = 8
-    """Width of each conv that looks at a layer's own input activations; 0 for none."""
-    allocation: Literal["output", "spatial"] = "output"
-    """What one placeholder stands for: an output channel, or a position of the kernel."""
-    readout: Literal["slice", "linear"] = "slice"
-    """Read a weight slice straight from the token's coordinates (the paper), or through a learned linear map."""
+    encoding: int = 32  # Width d of the class encodings xi and the placeholders mu
+    layers: int = 3  # Encoder layers of each transformer
+    heads: int = 2  # Attention heads
+    key_width: float = 1.0  # Query and key width as a fraction of the token width
+    value_width: float = 1.0  # Value width as a fraction of the token width
+    inner_width: float = 1.0  # Feed-forward width as a fraction of the token width; 0 drops that part
+    encoder: Literal["pre-norm", "post-norm"] = "pre-norm"  # Layer norm before or (released code) after each part
+    activation: Literal["relu", "gelu"] = "relu"  # Activation of the feed-forward part
+    shared_features: int = 32  # Width of the image features shared by all layers; 0 for none
+    taper: bool = False  # First two convs behind the shared features a quarter and a half as wide: cheaper
+    local_features: int = 8  # Width of each conv that looks at a layer's own input activations; 0 for none
+    allocation: Literal["output", "spatial"] = "output"  # A placeholder is an output channel or a kernel position
+    readout: Literal["slice", "linear"] = "slice"  # Slices from the token itself (paper) or by a linear map
 
     # The data
-    dataset: Literal["glyphs", "omniglot", "folder"] = "omniglot"
-    """Where images come from."""
-    split: Literal["random", "alphabet"] = "random"
-    """Omniglot only: characters split at random (1,150 / 50 / 423), or by Lake's alphabets."""
-    rotate: bool = True
-    """Training turns each class of an episode by a random multiple of 90 degrees."""
-    protocol: Literal["disjoint", "released"] = "disjoint"
-    """Query images never (disjoint), or possibly (released code), among the support images of their class."""
+    dataset: Literal["glyphs", "omniglot", "folder"] = "omniglot"  # Where images come from
+    split: Literal["random", "alphabet"] = "random"  # Omniglot: 1,150 / 50 / 423 characters, or Lake's alphabets
+    rotate: bool = True  # Training turns each class of an episode by a random multiple of 90 degrees
+    protocol: Literal["disjoint", "released"] = "disjoint"  # May support images be queries, too (released)?
 
     # The training
-    minutes: float = 40.0
-    """Training time; ignored when `episodes` is set."""
-    episodes: int = 0
-    """Training episodes; 0 trains by time. By episodes, a run can be repeated exactly."""
-    episodes_per_step: int = 8
-    """Episodes whose mean loss makes one step."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of every matrix; vectors are left alone."""
-    warmup: float = 0.02
-    """Fraction of the training in which the learning rate rises; a cosine then takes it to zero."""
-    clip: float = 1.0
-    """Largest norm of the gradient; longer ones are shortened to it."""
-    label_smoothing: float = 0.0
-    """Share of the target probability spread evenly over the classes."""
-    ema: float = 0.998
-    """Decay a step of the running average of the parameters, which is what is evaluated and saved; 0 for none."""
-    seed: int = 0
-    """Seed of initialisation and episodes."""
+    minutes: float = 40.0  # Training time; ignored when `episodes` is set
+    episodes: int = 0  # Training episodes; 0 trains by time. By episodes, a run can be repeated exactly
+    episodes_per_step: int = 8  # Episodes whose mean loss makes one step
+    learning_rate: float = 1e-3  # Peak learning rate of AdamW
+    weight_decay: float = 0.01  # Decoupled weight decay of every matrix; vectors are left alone
+    warmup: float = 0.02  # Fraction of the training in which the learning rate rises; a cosine then takes it to zero
+    clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
+    label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes
+    ema: float = 0.998  # Decay a step of the average of the parameters, which is evaluated and saved; 0 for none
+    seed: int = 0  # Seed of initialisation and episodes
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+        for name, kind in get_type_hints(Config).items():
+            choices = get_args(kind)  # of a Literal; empty for int, float, str and bool
+            if choices and getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
@@ -165,16 +126,6 @@ class Config:
         return Config(**fields)
 
 
-CHOICES = {
-    "norm": ("batch", "support"),
-    "encoder": ("pre-norm", "post-norm"),
-    "activation": ("relu", "gelu"),
-    "allocation": ("output", "spatial"),
-    "readout": ("slice", "linear"),
-    "dataset": ("glyphs", "omniglot", "folder"),
-    "split": ("random", "alphabet"),
-    "protocol": ("disjoint", "released"),
-}
 LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),

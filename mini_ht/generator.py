@@ -47,8 +47,6 @@ def generate(
     batched = support.ndim == 5
     if not batched:
         support, labels, mask = support[None], labels[None], None if mask is None else mask[None]
-    xp = namespace(support)
-    real = labels >= -1 if mask is None else mask  # [E, n]
     shared = shared_features(parameters, config, support)  # [E, n, shared features]
     *conv_layers, logits_layer = plan(config)
     convs = []
@@ -59,12 +57,10 @@ def generate(
         x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
         convs.append(ConvLayer(weight, bias, gamma, beta, statistics))
     logits_weight = generated_slices(parameters, config, logits_layer, x, labels, shared, mask)
-    labelled = xp.where(real, labels, -1)[..., None]  # [E, n, 1]
-    present = xp.stack([(labelled == label).any(1)[:, 0] for label in range(config.way)], axis=-1)  # [E, way]
     return GeneratedCNN(
         convs=tuple(convs),
         logits_weight=logits_weight,
-        present=present,
+        present=present_classes(labels, mask, config.way),
         norm=config.norm,
         slope=config.slope,
         impl=impl,
@@ -74,34 +70,25 @@ def generate(
 
 
 def conv_weights(
-    parameters: Mapping[str, Array],
-    config: Config,
-    layer: Layer,
-    x: Array,
-    labels: Array,
-    shared: Array,
-    mask: Array | None,
+    parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Array | None
 ) -> tuple[Array, Array | None]:
     """Weight [E, 3, 3, Cin, Cout] and bias of one conv layer: generated from its input activations x, or learned."""
     learned = parameters.get(f"{layer.name}.weight")  # [3, 3, Cin, Cout]
     if not layer.generated:
         assert learned is not None
         return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None
-    slices = generated_slices(parameters, config, layer, x, labels, shared, mask)
-    weight, bias = slices_to_conv(slices, layer, config)
+    weight, bias = slices_to_conv(generated_slices(parameters, config, layer, x, *support), layer, config)
     return (weight if learned is None else weight + learned[None]), bias
 
 
 def generated_slices(
-    parameters: Mapping[str, Array],
-    config: Config,
-    layer: Layer,
-    x: Array,
-    labels: Array,
-    shared: Array,
-    mask: Array | None,
+    parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Array | None
 ) -> Array:
-    """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length]."""
+    """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length].
+
+    support is (labels [E, n], shared features [E, n, width], mask [E, n] or None).
+    """
+    labels, shared, mask = support
     xp = namespace(x)
     samples = support_tokens(parameters, layer, labels, local_features(parameters, layer, x), shared)  # [E, n, D]
     placeholders = placeholder_tokens(parameters, layer, x.shape[0])  # [E, placeholders, D]
@@ -111,3 +98,11 @@ def generated_slices(
         mask = xp.concat([always, mask], axis=1)  # [E, placeholders + n]
     outputs = encoder(parameters, f"{layer.name}.generator", tokens, config, mask, layer.placeholders)
     return read_slices(parameters, layer, config, outputs)
+
+
+def present_classes(labels: Array, mask: Array | None, way: int) -> Array:
+    """Which classes have a labelled image: labels [E, n] -> booleans [E, way]."""
+    xp = namespace(labels)
+    if mask is not None:
+        labels = xp.where(mask, labels, -1)
+    return xp.stack([(labels == label).any(1) for label in range(way)], axis=-1)

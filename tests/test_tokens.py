@@ -8,14 +8,7 @@ from tolerances import assert_close
 
 from mini_ht import Config
 from mini_ht.plan import plan
-from mini_ht.tokens import (
-    conv_to_slices,
-    pad_width,
-    placeholder_tokens,
-    read_slices,
-    slices_to_conv,
-    support_tokens,
-)
+from mini_ht.tokens import conv_to_slices, pad_width, placeholder_tokens, read_slices, slices_to_conv, support_tokens
 
 
 def conv_layer(config):

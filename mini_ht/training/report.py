@@ -45,14 +45,7 @@ def measure(
 
     def batches() -> Any:
         return evaluation_episodes(
-            images,
-            episodes,
-            way=way,
-            shot=shot,
-            queries=queries,
-            unlabelled=unlabelled,
-            protocol=protocol,
-            seed=seed,
+            images, episodes, way=way, shot=shot, queries=queries, unlabelled=unlabelled, protocol=protocol, seed=seed
         )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
