@@ -24,8 +24,7 @@ def conv_max_pool(x: Tensor, weight: Tensor) -> Tensor:
     One convolution with a group per episode. A tie in the pool goes to the first maximum.
     """
     episodes, outputs = weight.shape[0], weight.shape[-1]
-    filters = weight.permute(0, 4, 3, 1, 2).reshape(episodes * outputs, -1, 3, 3)  # [E * Cout, Cin, 3, 3]
-    filters = filters.contiguous(memory_format=torch.channels_last)
+    filters = weight.permute(0, 4, 3, 1, 2).reshape(episodes * outputs, -1, 3, 3).contiguous()  # [E * Cout, Cin, 3, 3]
     y = F.conv2d(episodes_as_channels(x), filters, padding=1, groups=episodes)  # [N, E * Cout, H, W]
     return channels_as_episodes(F.max_pool2d(y, 2), episodes)  # [E, N, h, w, Cout]
 
@@ -73,7 +72,7 @@ class BatchNorm(torch.autograd.Function):
         images, weights, mean, rstd = ctx.saved_tensors
         episodes, channels = ctx.shape[0], ctx.shape[-1]
         g, g_mean, g_variance = gradients  # None where nobody used the output
-        g = episodes_as_channels(g)  # [N, E * C, h, w]
+        g = images.new_zeros(()).expand_as(images) if g is None else episodes_as_channels(g)  # [N, E * C, h, w]
         dx, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
             g, images, weights, None, None, mean, rstd, True, ctx.eps, [True, True, True]
         )

@@ -30,6 +30,11 @@ def as_floats(mask: Array, like: Array) -> Array:
     return mask.astype(like.dtype) if isinstance(mask, np.ndarray) else mask.to(like.dtype)
 
 
+def as_indices(labels: Array) -> Array:
+    """Integers of any width as int64: torch takes smaller ones for masks, or refuses them."""
+    return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
+
+
 def relu(x: Array) -> Array:
     """max(x, 0), with gradient 0 at 0."""
     return np.maximum(x, 0) if isinstance(x, np.ndarray) else x.relu()

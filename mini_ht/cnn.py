@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mini_ht.arrays import Array, namespace
+from mini_ht.checks import check_query
 from mini_ht.errors import InputError
 from mini_ht.kernels import conv_block
 
@@ -34,6 +35,7 @@ class GeneratedCNN:
     impl: str
     batched: bool  # False when the support set came without the leading E
     image_shape: tuple[int, ...]  # (H, W, C)
+    check: bool = True  # look at the values of queries, too
 
     def __call__(self, query: Array, mask: Array | None = None) -> Array:
         """Logits of query images.
@@ -46,17 +48,11 @@ class GeneratedCNN:
             [E, m, way], or [m, way]. A class without a labelled support image has logit -inf.
 
         Raises:
-            InputError: images of another shape than the support images, or another number of episodes.
+            InputError: images that do not fit the support images in shape, dtype or number of episodes; NaN pixels.
         """
+        check_query(query, mask, self.logits_weight, self.image_shape, self.batched, values=self.check)
         if not self.batched:
             query, mask = query[None], None if mask is None else mask[None]
-        want = (self.present.shape[0], query.shape[1] if query.ndim > 1 else 0, *self.image_shape)
-        if tuple(query.shape) != want:
-            start = "[E, m, H, W, C]" if self.batched else "[m, H, W, C]"
-            raise InputError(
-                f"query has shape {list(query.shape if self.batched else query.shape[1:])}; wanted {start} with "
-                f"(H, W, C) = {self.image_shape}" + (f" and E = {want[0]}" if self.batched else "")
-            )
         x = query
         for conv in self.convs:
             x, _ = conv_block(

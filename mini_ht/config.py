@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -69,9 +70,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Config).items():
-            choices = get_args(kind)  # of a Literal; empty for int, float, str and bool
-            if choices and getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+            value, choices = getattr(self, name), get_args(kind)  # the choices of a Literal; none for int, float, ...
+            if choices and value not in choices:
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not (choices or fits) or (kind is float and not math.isfinite(value)):
+                raise InputError(f"{name} is {value!r}; wanted a finite {kind.__name__}")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -95,10 +99,10 @@ class Config:
             return tuple(everything) if word == "all" else ()
         for start in ("first", "last"):
             count = word.removeprefix(start)
-            if count != word and count.isdigit() and 0 < int(count) <= self.blocks:
+            if count != word and count.isdecimal() and 0 < int(count) <= self.blocks:
                 return tuple(everything[: int(count)] if start == "first" else everything[-int(count) :])
         numbers = word.split(",")
-        if all(number.isdigit() and int(number) in everything for number in numbers):
+        if all(number.isdecimal() and int(number) in everything for number in numbers):
             return tuple(sorted({int(number) for number in numbers}))
         raise InputError(
             f"generate is {self.generate!r}; write all, logits, firstK, lastK, or layer numbers "

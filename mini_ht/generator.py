@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mini_ht.arrays import Array, namespace
+from mini_ht.arrays import Array, as_indices, namespace
 from mini_ht.attention import encoder
 from mini_ht.checks import check_support
 from mini_ht.cnn import ConvLayer, GeneratedCNN
@@ -35,7 +35,7 @@ def generate(
         labels: [n] or [E, n] integers in -1 .. way-1; -1 means unlabelled.
         mask: [n] or [E, n] booleans, False for padding; None for no padding.
         impl: who computes the conv blocks, see `mini_ht.kernels`.
-        check: look at values, too (labels in range, no NaN). Shapes and dtypes are always checked.
+        check: look at values, too (labels in range, no NaN), here and of queries. Shapes and dtypes always are.
 
     Returns:
         A GeneratedCNN, to be called with query images.
@@ -44,7 +44,7 @@ def generate(
         InputError: shapes, dtypes or values that do not fit the config.
     """
     check_support(parameters, config, support, labels, mask, values=check)
-    batched = support.ndim == 5
+    labels, batched = as_indices(labels), support.ndim == 5
     if not batched:
         support, labels, mask = support[None], labels[None], None if mask is None else mask[None]
     shared = shared_features(parameters, config, support)  # [E, n, shared features]
@@ -66,6 +66,7 @@ def generate(
         impl=impl,
         batched=batched,
         image_shape=tuple(support.shape[2:]),
+        check=check,
     )
 
 

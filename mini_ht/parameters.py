@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ RESIDUAL_GAIN = 0.3
 Table = dict[str, tuple[tuple[int, ...], float | str]]
 
 
+@functools.cache
 def parameter_table(config: Config) -> Table:
     """Every parameter's name, shape and start: a standard deviation, or "zeros" or "ones"."""
     table: Table = {}
@@ -53,7 +55,7 @@ def parameter_table(config: Config) -> Table:
 
     def transformer(name: str, width: int) -> None:
         keys, values = (
-            math.ceil(int(width * fraction) / config.heads) * config.heads
+            math.ceil(max(1, int(width * fraction)) / config.heads) * config.heads
             for fraction in (config.key_width, config.value_width)
         )
         inner = int(width * config.inner_width)
@@ -177,9 +179,11 @@ def write_atomically(file: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise InputError(
             f"cannot write {file}: {error.strerror or error}; free some space or choose another folder"
         ) from error
@@ -198,13 +202,13 @@ def read_tensors(
         raise InputError(f"there is no checkpoint {file}; train one with 'mini-ht train'") from error
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that NumPy does not have
         raise InputError(f"{file} is cut short or is no safetensors file ({error}); use another copy") from error
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file} has format {metadata.get('format')!r}; wanted {FORMAT!r}: it is from another program or version"
         )
-    config = Config.from_json(metadata["config"])
+    config = Config.from_json(metadata.get("config", "nothing"))
     for prefix in prefixes:
         for name, (shape, _) in parameter_table(config).items():
             found = tensors.get(prefix + name)

@@ -137,9 +137,9 @@ def test_presets():
             _, way, shot, channels = name.removesuffix("-released").split("-")
             assert (f"{config.way}way", f"{config.shot}shot", f"{config.channels}ch") == (way, shot, channels)
             assert config.readout == ("slice" if name.endswith("-released") else "linear")
-    with pytest.raises(InputError, match=r"no preset 'omniglot-20way-1shot-9ch'; nearest: omniglot-20way-1shot"):
+    with pytest.raises(InputError, match=r"no preset 'omniglot-20way-1shot-9ch'; try omniglot-20way-1shot-8ch"):
         preset("omniglot-20way-1shot-9ch")
-    with pytest.raises(InputError, match=r"nearest: none"):
+    with pytest.raises(InputError, match=r"no preset '§'; try quickstart.*lists them all"):
         preset("§")
 
 
@@ -164,14 +164,14 @@ BAD = {
     "dtype": ({"support": CASE.support.astype(np.float32)}, r"float32 and the parameters are of .*float64: bring both"),
     "NaN": ({"support": nan_at(CASE.support)}, r"support holds NaN or infinite pixels"),
     "infinite": ({"support": CASE.support + np.inf}, r"support holds NaN or infinite pixels"),
-    "labels shape": ({"labels": CASE.labels[:, :3]}, r"labels have shape \[2, 3\]; wanted one .*, \[2, 4\]"),
-    "labels dtype": ({"labels": CASE.labels.astype(np.float64)}, r"labels are .*float64; wanted integers in -1 \.\. 2"),
+    "labels shape": ({"labels": CASE.labels[:, :3]}, r"labels: .* \[2, 3\] came; wanted integers .*\[2, 4\], one for each"),
+    "labels dtype": ({"labels": CASE.labels.astype(np.float64)}, r"labels: .*float64 \[2, 4\] came; wanted integers"),
     "labels high": ({"labels": CASE.labels * 0 + 3}, r"labels run from 3 to 3; wanted -1 \(unlabelled\) \.\. 2"),
     "labels low": ({"labels": CASE.labels * 0 - 2}, r"labels run from -2 to -2; wanted -1"),
     "no label": ({"labels": np.array([[0, 1, 2, 0], [-1] * 4])}, r"an episode has no labelled image; give"),
     "all padding": ({"mask": np.array([[True] * 4, [False] * 4])}, r"an episode has no labelled image"),
-    "mask shape": ({"mask": np.ones((2, 3), bool)}, r"mask is .*bool \[2, 3\]; wanted booleans \[2, 4\]"),
-    "mask dtype": ({"mask": np.ones((2, 4))}, r"mask is .*float64 \[2, 4\]; wanted booleans"),
+    "mask shape": ({"mask": np.ones((2, 3), bool)}, r"mask: .*bool \[2, 3\] came; wanted booleans \[2, 4\]"),
+    "mask dtype": ({"mask": np.ones((2, 4))}, r"mask: .*float64 \[2, 4\] came; wanted booleans"),
 }
 
 

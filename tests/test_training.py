@@ -1,0 +1,299 @@
+"""Training: it learns, goes on exactly where it stopped, and leaves whole files behind whatever happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import configs, seeds
+from tolerances import assert_close
+
+from mini_ht import Config, InputError, draw_parameters, load
+from mini_ht import bench as bench_module
+from mini_ht.bench import bench_training
+from mini_ht.datasets.images import ImageSet
+from mini_ht.figures import read_metrics
+from mini_ht.training import loop
+from mini_ht.training.checkpoint import STATE, VECTORS, load_run, save_run
+from mini_ht.training.flat import Layout
+from mini_ht.training.loop import METRICS, Trainer, fresh_state, train, truncate_metrics
+from mini_ht.training.schedule import average_decay, learning_rate, progress
+from mini_ht.training.workers import Workers
+
+CPU = torch.device("cpu")
+CONFIG = Config(
+    **{"way": 2, "queries": 2, "channels": 2, "blocks": 2, "image_size": 8, "encoding": 8, "layers": 1, "seed": 3},
+    **{"shared_features": 4, "local_features": 2, "episodes": 48, "episodes_per_step": 4, "learning_rate": 3e-3},
+)
+
+
+def easy(classes: int = 12, count: int = 5) -> ImageSet:
+    """Classes that differ in where their bright half is and how bright it is, with little noise."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 20, (classes, count, 8, 8, 1))
+    for label in range(classes):
+        side = pixels[label].swapaxes(1, 2) if label % 2 else pixels[label]
+        side[:, :4] += 60 + 15 * label
+    return ImageSet(pixels.reshape(-1, 8, 8, 1).astype(np.uint8), np.full(classes, count), tuple("abcdefghijkl"))
+
+
+IMAGES = {"train": easy(), "validation": easy()}
+
+
+def run(config, run_dir, **options):
+    return train(config, IMAGES, run_dir, **({"workers": 1, "quiet": True} | options))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step, error) makes Trainer.step raise instead of doing that step; stop_at(None) takes it back."""
+    real = Trainer.step
+
+    def arrange(step, error=KeyboardInterrupt):
+        def wrapped(self, *arguments):
+            if self.state.step == step:
+                raise error
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Trainer, "step", wrapped)
+
+    return arrange
+
+
+@given(warmup=st.floats(0.01, 0.5), peak=st.floats(1e-4, 1.0))
+def test_learning_rate(warmup, peak):
+    """The rate rises to its peak during the warm-up (from 0.1 % of it on), then only falls, and ends at 0."""
+    config = dataclasses.replace(CONFIG, warmup=warmup, learning_rate=peak)
+    rising = [learning_rate(config, done) for done in np.linspace(1e-3, warmup, 20, endpoint=False)]
+    falling = [learning_rate(config, done) for done in np.linspace(warmup, 1, 50)]
+    assert 0 < learning_rate(config, 0) == rising[0] and np.all(np.diff(rising) > 0) and rising[-1] < peak
+    assert falling[0] == pytest.approx(peak) and np.all(np.diff(falling) < 0)
+    assert falling[-1] == pytest.approx(0, abs=1e-12)
+    assert learning_rate(config, (1 + warmup) / 2) == pytest.approx(peak / 2)
+
+
+def test_progress_and_average():
+    """Progress is by episodes where the config sets them, else by time, up to 1; the average's decay only rises."""
+    assert [progress(CONFIG, n, 1e9) for n in (0, 12, 48, 50)] == [0, 0.25, 1, 1]
+    timed = dataclasses.replace(CONFIG, episodes=0, minutes=2.0)
+    assert [progress(timed, 10**9, seconds) for seconds in (0, 30, 120, 121)] == [0, 0.25, 1, 1]
+    assert learning_rate(dataclasses.replace(CONFIG, warmup=0.0), 0.0) == CONFIG.learning_rate
+    decays = [average_decay(CONFIG, step) for step in range(10000)]
+    assert decays[0] == 0.1 and decays[-1] == CONFIG.ema and np.all(np.diff(decays) >= 0)
+
+
+@settings(max_examples=15)
+@given(config=configs(), seed=seeds)
+def test_layout_round_trip(config, seed):
+    """Parameters -> vector -> parameters is exact, matrices come first, and views share memory and pass gradients."""
+    layout, parameters = Layout(config), draw_parameters(config, seed)
+    vector = layout.join(parameters)
+    views = layout.views(vector)
+    assert views.keys() == parameters.keys() and len(vector) == layout.size
+    for name, x in parameters.items():
+        np.testing.assert_array_equal(views[name].numpy(), x)
+        assert ((views[name].data_ptr() - vector.data_ptr()) // 4 < layout.matrices) == (x.ndim > 1), name
+    vector.zero_()
+    assert not any(view.any() for view in views.values())
+    leaf = vector.clone().requires_grad_()
+    (got,) = torch.autograd.grad(sum(view.sum() for view in layout.views(leaf).values()), leaf)
+    assert (got == 1).all()
+
+
+def test_the_loss_falls(tmp_path):
+    """An easy 2-way task is learned in some dozens of steps: the loss falls well below that of guessing."""
+    config = dataclasses.replace(CONFIG, episodes=480, learning_rate=1e-2)
+    state = run(config, tmp_path)
+    rows = read_metrics(tmp_path / METRICS)
+    assert state.step == 120 and rows[-1]["episodes"] == 480
+    assert rows[-1]["loss"] < 0.6 * math.log(2) and rows[-1]["loss"] < rows[0]["loss"], rows
+    assert any((tmp_path / "tensorboard").iterdir())
+    assert rows[-1]["validation_accuracy"] > 0.75
+    assert all(0 <= row["train_accuracy"] <= 1 and row["episodes_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("ema", [0.998, 0.0])
+def test_what_is_saved(tmp_path, ema):
+    """model.safetensors holds the running average, or the parameters themselves if there is no average."""
+    config = dataclasses.replace(CONFIG, ema=ema)
+    state = run(config, tmp_path)
+    parameters, saved = load(tmp_path)
+    assert saved == config
+    assert torch.equal(Layout(config).join(parameters), state.average if ema else state.vector)
+    assert not torch.equal(state.average, state.vector)
+
+
+def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
+    """A run that Ctrl-C stopped half way and that was resumed ends in the same bits, by the same losses."""
+    seen: dict[str, list] = {}
+    real = loop.Log.add
+
+    def spy(self, loss, *others):
+        seen.setdefault(self.file.parent.name, []).append((self.state.step, loss, *others))
+        return real(self, loss, *others)
+
+    monkeypatch.setattr(loop.Log, "add", spy)
+    whole = run(CONFIG, tmp_path / "whole")
+    stop_at(6)
+    with pytest.raises(KeyboardInterrupt):
+        run(CONFIG, tmp_path / "halves")
+    half = load_run(tmp_path / "halves", CONFIG, CPU)
+    assert half.step == 6 and load(tmp_path / "halves")[1] == CONFIG
+    stop_at(None)
+    resumed = run(CONFIG, tmp_path / "halves", resume=True)
+    assert resumed.step == whole.step == 12 and resumed.seconds > half.seconds
+    for name in VECTORS:
+        assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
+        assert not torch.equal(getattr(whole, name), getattr(half, name)), name
+    assert seen["whole"] == seen["halves"] and len(seen["whole"]) == 12
+
+
+@pytest.mark.xfail(strict=True, reason="resuming a finished run appends a row of zeros")
+def test_resuming_a_finished_run_adds_nothing(tmp_path):
+    """A finished run that is resumed keeps its last row: no row says that the loss is 0."""
+    run(CONFIG, tmp_path)
+    run(CONFIG, tmp_path, resume=True)
+    assert all(row["loss"] > 0 for row in read_metrics(tmp_path / METRICS))
+
+
+def test_metrics_are_cut_at_the_resumed_step(tmp_path):
+    """Rows after the checkpoint's step, which the resumed run writes again, are dropped; the others stay."""
+    truncate_metrics(tmp_path / METRICS, 5)
+    rows = [json.dumps({"step": step, "loss": step / 7}) + "\n" for step in (50, 100, 150, 200)]
+    (tmp_path / METRICS).write_text("".join(rows))
+    truncate_metrics(tmp_path / METRICS, 150)
+    assert (tmp_path / METRICS).read_text() == "".join(rows[:3])
+
+
+@pytest.mark.xfail(strict=True, reason="a torn last line of metrics.jsonl stops --resume with a JSONDecodeError")
+def test_resume_after_a_torn_metrics_line(tmp_path):
+    """A last row that a full disk or a power cut left half written does not stop a run from going on."""
+    run(CONFIG, tmp_path)
+    with (tmp_path / METRICS).open("a") as stream:
+        stream.write('{"step": 12, "lo')
+    run(CONFIG, tmp_path, resume=True)
+
+
+def test_resume_wants_the_same_config(tmp_path):
+    """Another config is refused with the field's name and both values; only how long to train may differ."""
+    save_run(tmp_path, CONFIG, fresh_state(CONFIG, CPU))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"learning_rate 0\.003 -> 0\.5"):
+        run(dataclasses.replace(CONFIG, learning_rate=0.5), tmp_path, resume=True)
+    assert contents(tmp_path) == before
+    assert load_run(tmp_path, dataclasses.replace(CONFIG, episodes=99, minutes=7.0), CPU).step == 0
+
+
+def test_a_folder_with_a_run_is_left_alone(tmp_path):
+    """Without resume a folder that holds a run is refused, and not a byte of it changes."""
+    save_run(tmp_path, CONFIG, fresh_state(CONFIG, CPU))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="holds a run already; use --resume"):
+        run(CONFIG, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_cut_short_state(tmp_path, share):
+    """A training.safetensors that is cut short raises InputError that names it, and stays as it is."""
+    save_run(tmp_path, CONFIG, fresh_state(CONFIG, CPU))
+    file = tmp_path / STATE
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"training.safetensors is cut short"):
+        run(CONFIG, tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_not_a_number_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """Parameters that are no numbers any more stop the training, and the checkpoint on disk is a good one."""
+    real = Trainer.step
+
+    def poisoned(self, *arguments):
+        self.state.vector[0] += math.nan if self.state.step == 5 else 0
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)  # after every step
+    with pytest.raises(InputError, match=r"broke down at step 5: .*last good checkpoint is kept"):
+        run(CONFIG, tmp_path)
+    state = load_run(tmp_path, CONFIG, CPU)
+    assert state.step == 5 and all(torch.isfinite(getattr(state, name)).all() for name in VECTORS)
+    assert all(np.isfinite(x).all() for x in load(tmp_path)[0].values())
+
+
+def test_a_bad_gradient_changes_nothing():
+    """A step whose loss is not a number raises InputError and leaves every vector as it was."""
+    trainer = Trainer(CONFIG, IMAGES["train"], 1)
+    trainer.step(1e-3)
+    before = {name: getattr(trainer.state, name).clone() for name in VECTORS}
+    nan = torch.full_like(trainer.state.vector, math.nan)
+    trainer.workers.gradient = lambda step, clock: (nan, torch.tensor([1.0, 0.5]))
+    with pytest.raises(InputError, match="gradient norm nan"):
+        trainer.step(1e-3)
+    assert trainer.state.step == 1
+    assert all(torch.equal(before[name], getattr(trainer.state, name)) for name in VECTORS)
+
+
+def test_divergence(tmp_path, monkeypatch):
+    """A loss far over that of guessing stops the training with advice."""
+    real = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, rate: (100.0 * self.state.step, *real(self, rate)[1:]))
+    with pytest.raises(InputError, match=r"diverged at step \d+: .*lower learning_rate"):
+        run(CONFIG, tmp_path)
+    assert load_run(tmp_path, CONFIG, CPU).step == 0
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_full_disk(tmp_path, monkeypatch, function):
+    """On a full disk saving raises InputError; the old files stay whole and nothing half written remains."""
+    save_run(tmp_path, CONFIG, fresh_state(CONFIG, CPU))
+    before = contents(tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(InputError, match="No space left on device; free some space"):
+        save_run(tmp_path, CONFIG, fresh_state(dataclasses.replace(CONFIG, seed=9), CPU))
+    assert contents(tmp_path) == before
+
+
+def test_two_processes_give_the_same_gradient_and_pass_errors_on():
+    """Two processes give the gradient of one up to rounding; what goes wrong in the other one reaches the caller."""
+    config = dataclasses.replace(CONFIG, episodes_per_step=3)
+    vector = fresh_state(config, CPU).vector.share_memory_()
+    one, two = (Workers(config, IMAGES["train"], vector, count) for count in (1, 2))
+    try:
+        assert two.own == slice(0, 1) and len(two.processes) == 1 and not one.processes
+        for step in (0, 5):
+            (alone, figures), (shared, same) = one.gradient(step), two.gradient(step)
+            assert_close(shared, alone, "float32")
+            assert_close(same, figures, "float32")
+        two.connections[0].send("no step")  # the answer to it, an error, comes first
+        with pytest.raises(ValueError, match="seed"):
+            two.gradient(6)
+    finally:
+        two.close()
+    assert not two.processes[0].is_alive()
+
+
+def test_bench(monkeypatch):
+    """The bench reports a positive speed, and shares of all parts of a step that sum to 1."""
+    monkeypatch.setattr(bench_module, "open_dataset", lambda name, size: IMAGES)
+    found = bench_training(CONFIG, workers=1, steps=4)
+    assert found["episodes_per_second"] > 0 and found["workers"] == 1 and found["episodes_per_step"] == 4
+    assert list(found["share"]) == ["sample", "generate", "classify", "backward", "wait", "optimise"]
+    assert sum(found["share"].values()) == pytest.approx(1, abs=0.01)
