@@ -101,12 +101,14 @@ class Presets:
 
 def train(options: Train) -> None:
     """Train, measure, and write summary and figures."""
+    from mini_ht.training.loop import check_data
     from mini_ht.training.loop import train as run_training
     from mini_ht.training.report import clear_run, report
 
     config = options.config
     run_dir = options.run_dir or Path("runs") / options.preset
     images = open_images(config, options.data_dir)
+    check_data(config, images)
     if options.overwrite and not options.resume:
         clear_run(run_dir)
     state = run_training(config, images, run_dir, resume=options.resume, workers=options.workers)
@@ -126,21 +128,23 @@ def evaluate(options: Evaluate) -> None:
     images = open_images(dataclasses.replace(config, split=split), options.data_dir)
     if options.part not in images:
         raise InputError(f"this data has no part {options.part!r}; choose one of {', '.join(images)}")
-    way = options.way or config.way
+    way = config.way if options.way is None else options.way
     if not 2 <= way <= config.way:
         raise InputError(f"way is {way}; this generator serves 2 .. {config.way} classes")
-    figures: dict[str, Any] = measure(
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}; it must be at least 0")
+    task = config.task | {"way": way, "queries": options.queries, "protocol": options.protocol}
+    for name in ("shot", "unlabelled"):
+        if getattr(options, name) is not None:
+            task[name] = getattr(options, name)
+    figures = measure(
         parameters,
         config,
         images[options.part],
         episodes=options.episodes,
         norm=options.norm or config.norm,
-        protocol=options.protocol,
-        way=way,
-        shot=options.shot or config.shot,
-        unlabelled=config.unlabelled if options.unlabelled is None else options.unlabelled,
-        queries=options.queries,
         seed=options.seed,
+        task=task,
     )
     figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
     if options.json:
@@ -196,16 +200,23 @@ def open_images(config: Config, data_dir: Path | None) -> Any:
 
 def train_defaults(arguments: Sequence[str]) -> Train:
     """The options of `train` before the flags: a preset's config, or with --resume the one that the run began with."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else QUICKSTART
-    config = preset(name)
-    if "--resume" in arguments:
-        run_dir = Path("runs") / name
-        for position, argument in enumerate(arguments):
-            if argument == "--run-dir" and position + 1 < len(arguments):
-                run_dir = Path(arguments[position + 1])
-            elif argument.startswith("--run-dir="):
-                run_dir = Path(argument.partition("=")[2])
-        config = load(run_dir)[1]
+    name, run_dir, resume, skip = QUICKSTART, None, False, ""
+    switches = {field.name for field in dataclasses.fields(Config) if field.type == "bool"} | {"resume", "overwrite"}
+    for argument in arguments:
+        if not argument.startswith("-"):
+            if skip == "run_dir":
+                run_dir = Path(argument)
+            elif not skip:
+                name = argument
+            skip = ""
+            continue
+        flag, equals, value = argument.lstrip("-").partition("=")
+        flag = flag.replace("-", "_")
+        resume = resume or flag == "resume"
+        skip = "" if equals or flag.removeprefix("no_") in switches else flag
+        if equals and flag == "run_dir":
+            run_dir = Path(value)
+    config = load(run_dir or Path("runs") / name)[1] if resume else preset(name)
     return Train(preset=name, config=config)
 
 
@@ -245,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"mini-ht: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nmini-ht: stopped; a checkpoint is saved, and the same command with --resume goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nmini-ht: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
     return 0

@@ -54,6 +54,7 @@ class Config:
     dataset: Literal["glyphs", "omniglot", "folder"] = "omniglot"  # Where images come from
     split: Literal["random", "alphabet"] = "random"  # Omniglot: 1,150 / 50 / 423 characters, or Lake's alphabets
     rotate: bool = True  # Training turns each class of an episode by a random multiple of 90 degrees
+    mirror: bool = False  # Training mirrors each class of an episode or not, at random
     protocol: Literal["disjoint", "released"] = "disjoint"  # May support images be queries, too (released)?
 
     # The training
@@ -89,6 +90,11 @@ class Config:
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
             raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
         _ = self.generated_convs
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What `sample` needs to know: way, shot, queries, unlabelled, protocol."""
+        return {name: getattr(self, name) for name in ("way", "shot", "queries", "unlabelled", "protocol")}
 
     @property
     def generated_convs(self) -> tuple[int, ...]:

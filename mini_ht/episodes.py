@@ -36,6 +36,7 @@ def sample(
     queries: int,
     unlabelled: int = 0,
     rotate: bool = False,
+    mirror: bool = False,
     protocol: str = "disjoint",
     part: slice = slice(None),
 ) -> Episodes:
@@ -48,6 +49,7 @@ def sample(
         way, shot, queries, unlabelled: classes, and images a class in the support set (labelled), in the query set, and
             in the support set (unlabelled). Labels 0 .. way-1 go to the drawn classes at random.
         rotate: turn each class of an episode by a random multiple of 90 degrees, support and query alike.
+        mirror: mirror each class of an episode or not, at random, support and query alike.
         protocol: "disjoint" keeps support images out of the query; "released" draws the two independently, as the
             released code does.
         part: of the E episodes drawn, those whose images are wanted (a worker's share).
@@ -55,6 +57,10 @@ def sample(
     Raises:
         InputError: too few classes or images.
     """
+    if min(way, shot, queries) < 1 or unlabelled < 0:
+        raise InputError(
+            f"way {way}, shot {shot}, queries {queries}, unlabelled {unlabelled} came; wanted at least 1, 1, 1 and 0"
+        )
     support_count = unlabelled + shot
     apart = protocol == "disjoint"
     need = support_count + queries if apart else max(support_count, queries)
@@ -75,7 +81,8 @@ def sample(
         support_drawn, query_drawn = drawn[..., :support_count], drawn[..., support_count:]
     else:
         support_drawn, query_drawn = draw(rng, counts, support_count), draw(rng, counts, queries)
-    turns = rng.integers(0, 4, classes.shape) if rotate else np.zeros_like(classes)  # [E, way]
+    # [E, way]: quarter circles, and 4 more for a mirrored class
+    turns = rng.integers(0, 4 if rotate else 1, classes.shape) + 4 * rng.integers(0, 2 if mirror else 1, classes.shape)
 
     classes, turns = classes[part], turns[part]
     first = images.starts[classes][..., None]  # [E, way, 1]
@@ -106,9 +113,13 @@ def draw(rng: np.random.Generator, counts: Integers, k: int) -> Integers:
 
 
 def pixels(images: ImageSet, rows: Integers, turns: Integers) -> NDArray[np.float32]:
-    """Images [E, way * k, H, W, C] in [0, 1], each class turned: rows [E, way, k], turns [E, way] quarter circles."""
+    """Images [E, way * k, H, W, C] in [0, 1], each class turned: rows [E, way, k], turns [E, way] in 0 .. 7.
+
+    A turn is a number of quarter circles, plus 4 where the class is mirrored first.
+    """
     taken = images.pixels[rows]  # [E, way, k, H, W, C]
-    for quarter in (1, 2, 3):
-        which = turns == quarter
-        taken[which] = np.rot90(taken[which], quarter, axes=(2, 3))
+    for turn in range(1, 8):
+        which = turns == turn
+        image = taken[which]  # [chosen, k, H, W, C]
+        taken[which] = np.rot90(image[..., ::-1, :] if turn >= 4 else image, turn % 4, axes=(2, 3))
     return taken.reshape(len(rows), -1, *taken.shape[3:]).astype(np.float32) / np.float32(255)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,30 +40,21 @@ class Score:
 
 
 def evaluation_episodes(
-    images: ImageSet,
-    episodes: int,
-    *,
-    way: int,
-    shot: int,
-    queries: int = QUERIES,
-    unlabelled: int = 0,
-    protocol: str = "disjoint",
-    seed: int = 0,
-    batch: int = 8,
+    images: ImageSet, episodes: int, *, seed: int = 0, batch: int = 8, queries: int = QUERIES, **task: Any
 ) -> Iterator[Episodes]:
-    """Episodes for evaluation, never rotated, the same for the same arguments; `batch` of them at a time."""
+    """Episodes for evaluation, never turned, `batch` of them at a time; the same for the same arguments.
+
+    task: way, shot, and if wanted unlabelled and protocol, see `sample`.
+    """
     for start in range(0, episodes, batch):
         rng = np.random.default_rng([seed, EVALUATION_STREAM, start])
-        yield sample(
-            images,
-            rng,
-            min(batch, episodes - start),
-            way=way,
-            shot=shot,
-            queries=queries,
-            unlabelled=unlabelled,
-            protocol=protocol,
-        )
+        yield sample(images, rng, min(batch, episodes - start), queries=queries, **task)
+
+
+def affordable_queries(images: ImageSet, config: Config, most: int) -> int:
+    """Query images a class, up to `most`, that the smallest class has beside its support images."""
+    taken = config.shot + config.unlabelled if config.protocol == "disjoint" else 0
+    return max(1, min(most, int(images.counts.min()) - taken))
 
 
 def evaluate(

@@ -19,8 +19,10 @@ MOST_CLASSES = 10  # more rows would be too small to read
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
+    """The rows of a metrics.jsonl, without a last one that was cut short."""
+    lines = file.read_text().splitlines()
+    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+    return [json.loads(line) for line in whole]
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], file: Path) -> None:

@@ -212,15 +212,19 @@ def test_interrupt(call, tmp_path, monkeypatch):
 # Bad input
 
 
-def bad(*words, contains=(), fails=""):
-    marks = [pytest.mark.xfail(strict=True, reason=fails)] if fails else []
-    return pytest.param(words, contains, marks=marks, id=" ".join(words[-2:]))
+def test_a_value_that_is_no_choice(call, trained):
+    """What the option parser itself refuses ends with exit code 2 and the choices, without traceback."""
+    code, out, err = call("evaluate", trained, "--norm", "x")
+    assert code == 2 and not out and "support" in err and "Traceback" not in err
+
+
+def bad(*words, contains=()):
+    return pytest.param(words, contains, id=" ".join(words[-2:]))
 
 
 RUN = "RUN"  # stands for the trained run's folder
 FRESH = ("train", "quickstart", *TINY, "--run-dir", "new")
 MEASURE = ("evaluate", RUN, "--episodes", "5")
-BOXED = "tyro's own messages are boxes of several lines"
 OMNIGLOT = ("train", "omniglot-20way-1shot-8ch", "--run-dir", "new", "--data-dir")
 
 
@@ -240,17 +244,16 @@ OMNIGLOT = ("train", "omniglot-20way-1shot-8ch", "--run-dir", "new", "--data-dir
         bad(*MEASURE, "--shot", "30", contains=("20 images", "wanted 35")),
         bad("evaluate", RUN, "--episodes", "0", contains=("at least 1",)),
         bad(*MEASURE, "--queries", "-1"),
-        bad(*MEASURE, "--norm", "x", fails=BOXED),
-        bad(*FRESH, "--seed", "-1", fails=BOXED),
-        bad(*MEASURE, "--way", "0", fails="taken as not given"),
-        bad(*MEASURE, "--shot", "0", fails="taken as not given"),
-        bad(*MEASURE, "--shot", "-1", fails="measured, with shot -1"),
+        bad(*FRESH, "--seed", "-1"),
+        bad(*MEASURE, "--way", "0"),
+        bad(*MEASURE, "--shot", "0"),
+        bad(*MEASURE, "--shot", "-1"),
         bad(*MEASURE, "--queries", "0"),
-        bad(*MEASURE, "--seed", "-1", fails="ValueError"),
-        bad(*FRESH, "--workers", "-1", fails="IndexError"),
-        bad(*FRESH, "--learning-rate", "nan", fails="ValueError"),
-        bad(*FRESH, "--way", "50", fails="leaves a run folder, so that the corrected command is refused"),
-        bad("train", *FRESH[2:], "nonsense", fails="a preset behind a flag is not looked up: trains quickstart's"),
+        bad(*MEASURE, "--seed", "-1"),
+        bad(*FRESH, "--workers", "-1"),
+        bad(*FRESH, "--learning-rate", "nan"),
+        bad(*FRESH, "--way", "50"),
+        bad("train", *FRESH[2:], "nonsense"),
     ],
 )
 def test_bad_input(call, trained, tmp_path, words, contains):
@@ -276,7 +279,6 @@ def test_cut_short_checkpoint(call, trained, tmp_path, words, name, share):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="--overwrite removes the old run before the data are found to be too few")
 def test_overwrite_keeps_the_old_run_until_a_step_is_done(call, trained, tmp_path):
     """--overwrite with a task that the data cannot serve leaves the old run as it was."""
     run = copy_of(trained, tmp_path / "run")

@@ -96,8 +96,7 @@ def test_values_that_make_no_sense(fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"way": "5"}, {"way": 2.5}, {"channels": None}, {"generate": None}, {"learning_rate": float("nan")}],
+    "fields", [{"way": "5"}, {"way": 2.5}, {"channels": None}, {"generate": None}, {"learning_rate": float("nan")}]
 )
 def test_values_of_another_type(fields):
     """Text, fractions, nothing and NaN in place of a number, as a checkpoint's metadata could hold, are InputErrors."""
@@ -164,7 +163,7 @@ BAD = {
     "dtype": ({"support": CASE.support.astype(np.float32)}, r"float32 and the parameters are of .*float64: bring both"),
     "NaN": ({"support": nan_at(CASE.support)}, r"support holds NaN or infinite pixels"),
     "infinite": ({"support": CASE.support + np.inf}, r"support holds NaN or infinite pixels"),
-    "labels shape": ({"labels": CASE.labels[:, :3]}, r"labels: .* \[2, 3\] came; wanted integers .*\[2, 4\], one for each"),
+    "labels shape": ({"labels": CASE.labels[:, :3]}, r"labels: .* \[2, 3\] came; wanted integers .*\[2, 4\], one"),
     "labels dtype": ({"labels": CASE.labels.astype(np.float64)}, r"labels: .*float64 \[2, 4\] came; wanted integers"),
     "labels high": ({"labels": CASE.labels * 0 + 3}, r"labels run from 3 to 3; wanted -1 \(unlabelled\) \.\. 2"),
     "labels low": ({"labels": CASE.labels * 0 - 2}, r"labels run from -2 to -2; wanted -1"),

@@ -190,7 +190,8 @@ def full_cases(**fixed):
     """Cases in which nothing is too small or missing for a gradient."""
     return st.builds(
         lambda config, seed: make_case(config, seed, 2, 6, 4, unlabelled=True, masked=False),
-        configs(**(WIDE | fixed)), seeds,
+        configs(**(WIDE | fixed)),
+        seeds,
     )
 
 

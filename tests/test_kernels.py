@@ -58,8 +58,15 @@ def block_by_loops(x, weight, gamma, beta, bias, statistics, mask, slope):
 
 
 @given(
-    seed=seeds, height=st.integers(2, 7), width=st.integers(2, 7), images=st.integers(1, 3), inputs=channels,
-    outputs=st.sampled_from([1, 4]), given_statistics=st.booleans(), masked=st.booleans(), biased=st.booleans(),
+    seed=seeds,
+    height=st.integers(2, 7),
+    width=st.integers(2, 7),
+    images=st.integers(1, 3),
+    inputs=channels,
+    outputs=st.sampled_from([1, 4]),
+    given_statistics=st.booleans(),
+    masked=st.booleans(),
+    biased=st.booleans(),
     slope=st.sampled_from([0.0, 0.2]),
 )
 def test_the_block_equals_loops(
@@ -78,8 +85,12 @@ def test_the_block_equals_loops(
 
 
 @given(
-    seed=seeds, size=st.integers(1, 9), kernel=st.integers(1, 3), stride=st.integers(1, 3),
-    padding=st.integers(0, 2), inputs=channels,
+    seed=seeds,
+    size=st.integers(1, 9),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    inputs=channels,
 )
 def test_conv2d_equals_loops(library, seed, size, kernel, stride, padding, inputs):
     """Every output is the sum over its neighbourhood; H' = (H + 2 padding - k) // stride + 1."""
@@ -101,7 +112,8 @@ def plain_block(x, weight, gamma, beta, bias, statistics, mask, slope):
     """The block from torch's own functions, episode by episode, with the activation before the pool."""
     results = []
     for e in range(len(x)):
-        y = F.conv2d(x[e].permute(0, 3, 1, 2), weight[e].permute(3, 2, 0, 1), bias[e], padding=1)
+        images, filters = x[e].permute(0, 3, 1, 2).contiguous(), weight[e].permute(3, 2, 0, 1).contiguous()
+        y = F.conv2d(images, filters, bias[e], padding=1)
         y = F.max_pool2d(F.leaky_relu(y, slope), 2).permute(0, 2, 3, 1)  # [N, h, w, Cout]
         used = y if mask is None else y[mask[e]]
         own = used.mean((0, 1, 2)), used.var((0, 1, 2), correction=0)
@@ -111,9 +123,17 @@ def plain_block(x, weight, gamma, beta, bias, statistics, mask, slope):
 
 
 @given(
-    seed=seeds, episodes=st.integers(1, 2), images=st.integers(1, 3), height=st.integers(2, 9), width=st.integers(2, 9),
-    inputs=channels, outputs=st.sampled_from([1, 4]), given_statistics=st.booleans(), masked=st.booleans(),
-    slope=st.sampled_from([0.0, 0.2]), wants_x=st.booleans(),
+    seed=seeds,
+    episodes=st.integers(1, 2),
+    images=st.integers(1, 3),
+    height=st.integers(2, 9),
+    width=st.integers(2, 9),
+    inputs=channels,
+    outputs=st.sampled_from([1, 4]),
+    given_statistics=st.booleans(),
+    masked=st.booleans(),
+    slope=st.sampled_from([0.0, 0.2]),
+    wants_x=st.booleans(),
 )
 def test_gradients_equal_torch_autograd(
     seed, episodes, images, height, width, inputs, outputs, given_statistics, masked, slope, wants_x

@@ -160,7 +160,6 @@ def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
     assert seen["whole"] == seen["halves"] and len(seen["whole"]) == 12
 
 
-@pytest.mark.xfail(strict=True, reason="resuming a finished run appends a row of zeros")
 def test_resuming_a_finished_run_adds_nothing(tmp_path):
     """A finished run that is resumed keeps its last row: no row says that the loss is 0."""
     run(CONFIG, tmp_path)
@@ -177,7 +176,6 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     assert (tmp_path / METRICS).read_text() == "".join(rows[:3])
 
 
-@pytest.mark.xfail(strict=True, reason="a torn last line of metrics.jsonl stops --resume with a JSONDecodeError")
 def test_resume_after_a_torn_metrics_line(tmp_path):
     """A last row that a full disk or a power cut left half written does not stop a run from going on."""
     run(CONFIG, tmp_path)

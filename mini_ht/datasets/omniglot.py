@@ -1,6 +1,7 @@
 """Omniglot (Lake et al., Science 2015): 1,623 characters of 50 alphabets, 20 drawings each, from its two archives."""
 
 import hashlib
+import io
 import os
 import tempfile
 import urllib.request
@@ -82,7 +83,7 @@ def _load(data_dir: Path, size: int) -> ImageSet:
     # Named after the archives' content: copies of them share a cache, and no change goes unnoticed.
     cached = cache_dir() / f"omniglot-{size}-{hashlib.blake2b(_FORMAT + content, digest_size=8).hexdigest()}.npz"
     try:
-        with np.load(cached) as arrays:
+        with np.load(io.BytesIO(cached.read_bytes())) as arrays:
             pixels, names = arrays["pixels"], arrays["names"]
     except Exception:
         parts = [_read_archive(data_dir / name, classes, size) for name, (classes, _) in ARCHIVES.items()]
@@ -107,7 +108,7 @@ def _read_archive(path: Path, classes: int, size: int) -> tuple[np.ndarray, np.n
             for row, (_, name) in enumerate(progress(files, len(files), f"reading {path.name}")):
                 with archive.open(name) as file:
                     pixels[row] = 255 - read_image(file, size, channels=1)
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, InputError) as error:
         expected = f"{classes} characters of {DRAWINGS} drawings"
         raise InputError(f"{path}: {error}; expected {expected}, get {path.name} again from {HOME}") from error
     return pixels, found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mini_ht.parameters import CHECKPOINT, read_tensors, save, to_numpy, write_t
 from mini_ht.training.flat import Layout
 
 STATE = "training.safetensors"
+FIGURES = ("step", "seconds", "loss", "accuracy")
 VECTORS = ("vector", "average", "first_moment", "second_moment")
 
 
@@ -28,6 +30,8 @@ class State:
     second_moment: Tensor
     step: int = 0
     seconds: float = 0.0
+    loss: float = 0.0  # smoothed over steps, like the accuracy on queries of training episodes
+    accuracy: float = 0.0
 
     def evaluated(self, config: Config) -> Tensor:
         """The parameters that are evaluated and saved: the running average if there is one."""
@@ -42,7 +46,7 @@ def save_run(run_dir: Path, config: Config, state: State) -> None:
         for name in VECTORS
         for key, array in to_numpy(layout.views(getattr(state, name))).items()
     }
-    write_tensors(run_dir / STATE, tensors, config, {"step": str(state.step), "seconds": repr(state.seconds)})
+    write_tensors(run_dir / STATE, tensors, config, {name: repr(getattr(state, name)) for name in FIGURES})
     save(run_dir / CHECKPOINT, to_numpy(layout.views(state.evaluated(config))), config)
 
 
@@ -60,7 +64,8 @@ def load_run(run_dir: Path, config: Config, device: torch.device) -> State:
             f"the run in {run_dir} has another config ({differs}); resume with its own, or use another folder"
         )
     layout = Layout(config)
-    vectors = {
+    vectors: dict[str, Any] = {
         name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device) for name in VECTORS
     }
-    return State(**vectors, step=int(metadata["step"]), seconds=float(metadata["seconds"]))
+    figures: dict[str, Any] = {name: float(metadata[name]) for name in FIGURES}
+    return State(**vectors, **figures | {"step": int(metadata["step"])})

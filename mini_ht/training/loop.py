@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.errors import InputError
-from mini_ht.evaluation import evaluate, evaluation_episodes
-from mini_ht.parameters import draw_parameters
+from mini_ht.evaluation import affordable_queries, evaluate, evaluation_episodes
+from mini_ht.parameters import CHECKPOINT, draw_parameters
 from mini_ht.training.checkpoint import STATE, State, load_run, save_run
 from mini_ht.training.flat import Layout
+from mini_ht.training.log import METRICS, Log, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
 from mini_ht.training.workers import Clock, Workers
 
-METRICS = "metrics.jsonl"
 CHECKPOINT_SECONDS = 60.0
 VALIDATION_EPISODES = 64
 DIVERGED = 10.0  # times the loss of guessing
@@ -57,6 +56,8 @@ class Trainer:
                 "exp_avg": self.state.first_moment[part],
                 "exp_avg_sq": self.state.second_moment[part],
             }
+        if workers < 0:
+            raise InputError(f"workers is {workers}; wanted 0 (one a core) or more")
         count = workers or (1 if self.device.type == "cuda" else os.cpu_count() or 1)
         self.workers = Workers(config, images, vector, min(count, config.episodes_per_step))
 
@@ -94,17 +95,27 @@ class Trainer:
     def validate(self, images: ImageSet) -> float:
         """Accuracy on episodes of classes that are not trained on, the same episodes each time."""
         config = self.config
-        queries = min(config.queries, int(images.counts.min()) - config.shot - config.unlabelled)
-        batches = evaluation_episodes(
-            images,
-            VALIDATION_EPISODES,
-            way=min(config.way, images.classes),
-            shot=config.shot,
-            queries=queries,
-            unlabelled=config.unlabelled,
-        )
+        batches = evaluation_episodes(images, VALIDATION_EPISODES, **part_task(config, images))
         with torch.no_grad():
             return evaluate(self.parameters, config, batches).accuracy
+
+
+def part_task(config: Config, images: ImageSet) -> dict[str, Any]:
+    """The config's task, with as many classes and queries as the validation classes have."""
+    queries = affordable_queries(images, config, config.queries)
+    return config.task | {"way": min(config.way, max(2, images.classes)), "queries": queries}
+
+
+def check_data(config: Config, images: Mapping[str, ImageSet]) -> None:
+    """Draw an episode of each part, so that too few classes or images are noticed before anything is written."""
+    for part, some in images.items():
+        task = config.task if part == "train" else part_task(config, some)
+        if part == "test":
+            task["way"] = config.way
+        try:
+            next(evaluation_episodes(some, 1, **task))
+        except InputError as error:
+            raise InputError(f"{part} images: {error}") from error
 
 
 def fresh_state(config: Config, device: torch.device) -> State:
@@ -138,8 +149,9 @@ def train(
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    check_data(config, images)
     state = None
-    if (run_dir / STATE).exists() and not resume:
+    if not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
     if resume:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,82 +196,10 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
                 saved = time.perf_counter()
         if validation is not None:
             log.validation = trainer.validate(validation)
+        log.write()
+        save_run(run_dir, config, state)
     except KeyboardInterrupt:
         save_run(run_dir, config, state)
+        raise KeyboardInterrupt("a checkpoint is saved; the same command with --resume goes on") from None
+    finally:
         log.close()
-        raise
-    log.write()
-    log.close()
-    save_run(run_dir, config, state)
-
-
-class Log:
-    """Smoothed figures to the progress bar, and rows of them to metrics.jsonl and TensorBoard."""
-
-    def __init__(self, file: Path, board: object, config: Config, state: State, quiet: bool) -> None:
-        self.file, self.board, self.config, self.state = file, board, config, state
-        self.loss = self.accuracy = self.norm = self.rate = 0.0
-        self.validation: float | None = None
-        self.since = (state.step, state.seconds)
-        self.speed = 0.0
-        unit = "episode" if config.episodes else "s"
-        self.total = config.episodes or round(60 * config.minutes)
-        bar = "{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} {postfix}"
-        self.bar = tqdm(total=self.total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
-
-    def add(self, loss: float, accuracy: float, norm: float, rate: float) -> float:
-        """Take in the figures of a step; returns the smoothed loss. Every 50 steps a row is written."""
-        fresh = self.state.step <= 1 or self.rate == 0.0
-        old = 0.0 if fresh else 0.95
-        self.loss = old * self.loss + (1 - old) * loss
-        self.accuracy = old * self.accuracy + (1 - old) * accuracy
-        self.norm, self.rate = norm, rate
-        if self.state.step % 50 == 0:
-            self.write()
-        elif self.state.step % 5 == 0:
-            self.show()
-        return self.loss
-
-    def show(self) -> None:
-        """Refresh the bar."""
-        steps, seconds = self.state.step - self.since[0], self.state.seconds - self.since[1]
-        if steps > 0 and seconds > 0:
-            self.speed = steps * self.config.episodes_per_step / seconds
-        unseen = "" if self.validation is None else f", unseen classes {100 * self.validation:.1f} %"
-        self.bar.set_postfix_str(f"{self.speed:.0f} episodes/s, loss {self.loss:.3f}{unseen}", refresh=False)
-        episodes = self.state.step * self.config.episodes_per_step
-        done = progress(self.config, episodes, self.state.seconds)
-        self.bar.n = round(done * self.total)
-        self.bar.refresh()
-
-    def write(self) -> None:
-        """Append a row and begin a new stretch for the speed."""
-        self.show()
-        row = {
-            "step": self.state.step,
-            "episodes": self.state.step * self.config.episodes_per_step,
-            "seconds": round(self.state.seconds, 2),
-            "loss": self.loss,
-            "train_accuracy": self.accuracy,
-            "validation_accuracy": self.validation,
-            "learning_rate": self.rate,
-            "gradient_norm": self.norm,
-            "episodes_per_second": round(self.speed, 1),
-        }
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, self.state.step)  # type: ignore[attr-defined]
-        self.since = (self.state.step, self.state.seconds)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
-
-
-def truncate_metrics(file: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run writes again."""
-    if file.exists():
-        rows = [line for line in file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        file.write_text("".join(f"{row}\n" for row in rows))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
-from mini_ht.evaluation import Score, evaluate, evaluation_episodes, pixel_nearest_mean
+from mini_ht.episodes import Episodes
+from mini_ht.evaluation import QUERIES, affordable_queries, evaluate, evaluation_episodes, pixel_nearest_mean
 from mini_ht.figures import draw_curve, draw_episode, read_metrics
 from mini_ht.parameters import CHECKPOINT, load, to_torch, write_atomically
 from mini_ht.training.checkpoint import STATE, State
-from mini_ht.training.loop import METRICS
+from mini_ht.training.log import METRICS
 
 SUMMARY, CURVE, EPISODE = "summary.json", "curve.png", "episode.png"
 EPISODES = 1000
@@ -33,62 +34,31 @@ def measure(
     *,
     episodes: int,
     norm: str,
-    protocol: str,
-    way: int,
-    shot: int,
-    unlabelled: int,
-    queries: int,
     seed: int,
+    task: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""
     start = time.perf_counter()
 
-    def batches() -> Any:
-        return evaluation_episodes(
-            images, episodes, way=way, shot=shot, queries=queries, unlabelled=unlabelled, protocol=protocol, seed=seed
-        )
+    def batches() -> Iterator[Episodes]:
+        return evaluation_episodes(images, episodes, seed=seed, **task)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        score: Score = evaluate(to_torch(parameters, device), config, batches(), norm)
-    return {
-        **dataclasses.asdict(score),
-        "chance": 1 / way,
-        "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy,
-        "protocol": protocol,
-        "norm": norm,
-        "way": way,
-        "shot": shot,
-        "unlabelled": unlabelled,
-        "queries": queries,
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+        score = evaluate(to_torch(parameters, device), config, batches(), norm)
+    yardsticks = {"chance": 1 / task["way"], "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy}
+    seconds = round(time.perf_counter() - start, 2)
+    return dataclasses.asdict(score) | yardsticks | dict(task) | {"norm": norm, "seed": seed, "seconds": seconds}
 
 
 def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str:
     """Measure the run's model on `images`, write summary.json, curve.png and episode.png; returns the text to print."""
     parameters, _ = load(run_dir)
-    queries = min(5, int(images.counts.min()) - config.shot - config.unlabelled)
-    figures = measure(
-        parameters,
-        config,
-        images,
-        episodes=EPISODES,
-        norm=config.norm,
-        protocol=config.protocol,
-        way=config.way,
-        shot=config.shot,
-        unlabelled=config.unlabelled,
-        queries=queries,
-        seed=0,
-    )
+    task = config.task | {"queries": affordable_queries(images, config, QUERIES)}
+    figures = measure(parameters, config, images, episodes=EPISODES, norm=config.norm, seed=0, task=task)
     episodes = state.step * config.episodes_per_step
     summary = {
-        "accuracy": figures["accuracy"],
-        "interval": figures["interval"],
-        "chance": figures["chance"],
-        "pixel_nearest_mean": figures["pixel_nearest_mean"],
+        **{name: figures[name] for name in ("accuracy", "interval", "chance", "pixel_nearest_mean")},
         "episodes": episodes,
         "episodes_per_second": round(episodes / max(state.seconds, 1e-9), 1),
         "seconds": round(state.seconds, 1),
@@ -98,11 +68,7 @@ def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str
     write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
     lines = {"nearest pixel mean": figures["pixel_nearest_mean"], "chance": figures["chance"]}
     draw_curve(read_metrics(run_dir / METRICS), lines, run_dir / CURVE)
-    episode = next(
-        evaluation_episodes(
-            images, 1, way=config.way, shot=config.shot, queries=queries, unlabelled=config.unlabelled, seed=1
-        )
-    )
+    episode = next(evaluation_episodes(images, 1, seed=1, **task))
     draw_episode(parameters, config, episode, run_dir / EPISODE)
     return (
         f"\n{config.way}-way {config.shot}-shot on classes never seen in training, {figures['episodes']:,} episodes, "

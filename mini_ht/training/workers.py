@@ -18,6 +18,7 @@ from torch import Tensor
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
+from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.training.flat import Layout
 
@@ -27,18 +28,9 @@ Clock = Callable[[str], None]
 
 def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
     """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted."""
-    return sample(
-        images,
-        np.random.default_rng([config.seed, TRAINING_STREAM, step]),
-        config.episodes_per_step,
-        way=config.way,
-        shot=config.shot,
-        queries=config.queries,
-        unlabelled=config.unlabelled,
-        rotate=config.rotate,
-        protocol=config.protocol,
-        part=part,
-    )
+    rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
+    turns: dict[str, Any] = {"rotate": config.rotate, "mirror": config.mirror}
+    return sample(images, rng, config.episodes_per_step, part=part, **turns, **config.task)
 
 
 def gradient(
@@ -103,7 +95,10 @@ class Workers:
             connection.send(step)
         total, figures = gradient(self.config, self.layout, self.images, self.vector, step, self.own, clock)
         for connection, result in zip(self.connections, self.results, strict=True):
-            answer: Any = connection.recv()
+            try:
+                answer: Any = connection.recv()
+            except (EOFError, ConnectionError) as error:
+                raise InputError("a worker process ended by itself (out of memory?); try --workers 1") from error
             if isinstance(answer, BaseException):
                 raise answer
             total += result

@@ -1,0 +1,93 @@
+"""The figures of a training: on a progress bar, in metrics.jsonl, and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mini_ht.config import Config
+from mini_ht.figures import read_metrics
+from mini_ht.parameters import write_atomically
+from mini_ht.training.checkpoint import State
+from mini_ht.training.schedule import progress
+
+METRICS = "metrics.jsonl"
+SMOOTHING = 0.95
+
+
+class Log:
+    """Smoothed figures to the progress bar, and rows of them to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, file: Path, board: Any, config: Config, state: State, quiet: bool) -> None:
+        self.file, self.board, self.config, self.state = file, board, config, state
+        self.norm = self.rate = 0.0
+        self.validation: float | None = None
+        self.since, self.first = (state.step, state.seconds), state.step
+        self.written: tuple[int, float | None] = (-1, None)
+        self.speed = 0.0
+        unit = "episode" if config.episodes else "s"
+        self.total = config.episodes or round(60 * config.minutes)
+        bar = "{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} {postfix}"
+        self.bar = tqdm(total=self.total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
+
+    def add(self, loss: float, accuracy: float, norm: float, rate: float) -> float:
+        """Take in the figures of a step; returns the smoothed loss. Every 50 steps a row is written."""
+        old = SMOOTHING if self.state.step > 1 else 0.0
+        self.state.loss = old * self.state.loss + (1 - old) * loss
+        self.state.accuracy = old * self.state.accuracy + (1 - old) * accuracy
+        self.norm, self.rate = norm, rate
+        if self.state.step % 50 == 0:
+            self.write()
+        elif self.state.step % 5 == 0:
+            self.show()
+        return self.state.loss
+
+    def show(self) -> None:
+        """Refresh the bar."""
+        steps, seconds = self.state.step - self.since[0], self.state.seconds - self.since[1]
+        if steps > 0 and seconds > 0:
+            self.speed = steps * self.config.episodes_per_step / seconds
+        unseen = "" if self.validation is None else f", unseen classes {100 * self.validation:.1f} %"
+        self.bar.set_postfix_str(f"{self.speed:.0f} episodes/s, loss {self.state.loss:.3f}{unseen}", refresh=False)
+        episodes = self.state.step * self.config.episodes_per_step
+        done = progress(self.config, episodes, self.state.seconds)
+        self.bar.n = round(done * self.total)
+        self.bar.refresh()
+
+    def write(self) -> None:
+        """Append a row, unless nothing has happened since the last, and begin a new stretch for the speed."""
+        if (self.state.step, self.validation) == self.written or self.state.step == self.first:
+            return
+        self.written = (self.state.step, self.validation)
+        self.show()
+        row = {
+            "step": self.state.step,
+            "episodes": self.state.step * self.config.episodes_per_step,
+            "seconds": round(self.state.seconds, 2),
+            "loss": self.state.loss,
+            "train_accuracy": self.state.accuracy,
+            "validation_accuracy": self.validation,
+            "learning_rate": self.rate,
+            "gradient_norm": self.norm,
+            "episodes_per_second": round(self.speed, 1),
+        }
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, self.state.step)
+        self.since = (self.state.step, self.state.seconds)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+def truncate_metrics(file: Path, step: int) -> None:
+    """Drop the rows after `step`, which a resumed run writes again."""
+    if file.exists():
+        kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
+        write_atomically(file, "".join(f"{row}\n" for row in kept).encode())
