@@ -1,7 +1,5 @@
 """One signature for the conv block and the shared conv; `implementation` alone picks who computes them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """NumPy: the convs as gathered neighbourhoods times a matrix."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

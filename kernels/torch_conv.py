@@ -1,7 +1,5 @@
 """torch on any device: the same convs, with gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

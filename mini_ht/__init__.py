@@ -7,17 +7,6 @@ from mini_ht.generator import generate
 from mini_ht.parameters import draw_parameters, load, save, to_numpy, to_torch
 from mini_ht.presets import preset, presets
 
-__all__ = [
-    "Config",
-    "GeneratedCNN",
-    "InputError",
-    "draw_parameters",
-    "generate",
-    "load",
-    "preset",
-    "presets",
-    "save",
-    "to_numpy",
-    "to_torch",
-]
+__all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "load", "preset", "presets"]
+__all__ += ["save", "to_numpy", "to_torch"]
 __version__ = "0.1.0"

@@ -1,7 +1,5 @@
 """One vocabulary for NumPy and torch: the model is written in the names that both libraries share."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

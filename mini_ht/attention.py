@@ -1,7 +1,5 @@
 """Self-attention and the transformer encoder: pure functions over arrays, bottom-up."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

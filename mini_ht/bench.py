@@ -1,7 +1,5 @@
 """How fast a preset trains here, and where the time goes."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Early, clear errors for support and query sets that do not fit the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -117,7 +117,7 @@ def train(options: Train) -> None:
 
 def evaluate(options: Evaluate) -> None:
     """Measure a checkpoint and print the figures."""
-    from mini_ht.training.report import measure
+    from mini_ht.training.report import describe, measure
 
     parameters, config = load(options.checkpoint)
     split = options.split or config.split
@@ -147,16 +147,7 @@ def evaluate(options: Evaluate) -> None:
         task=task,
     )
     figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    print(
-        f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of {options.part} classes, "
-        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}\n"
-        f"accuracy            {100 * figures['accuracy']:.2f} +- {100 * figures['interval']:.2f} %\n"
-        f"pixel nearest mean  {100 * figures['pixel_nearest_mean']:.2f} %\n"
-        f"chance              {100 * figures['chance']:.2f} %"
-    )
+    print(json.dumps(figures) if options.json else describe(figures))
 
 
 def bench(options: Bench) -> None:

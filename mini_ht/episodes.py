@@ -1,7 +1,5 @@
 """Episodes: few-shot tasks drawn from a set of images, a whole batch at a time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Accuracy on episodes of unseen classes, with its interval, beside what needs no learning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mini_ht.arrays import Array
+from mini_ht.arrays import Array, namespace
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
@@ -30,13 +28,10 @@ class Score:
     episodes: int
 
     @staticmethod
-    def of(accuracies: NDArray[np.floating]) -> Score:
+    def of(accuracies: NDArray[np.floating]) -> "Score":
         """From the accuracy of each episode; 1.96 standard errors of the mean."""
         spread = float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
         return Score(float(accuracies.mean()), 1.96 * spread / math.sqrt(len(accuracies)), len(accuracies))
-
-    def __str__(self) -> str:
-        return f"{100 * self.accuracy:.2f} +- {100 * self.interval:.2f} %"
 
 
 def evaluation_episodes(
@@ -98,11 +93,8 @@ def score(classify: Callable[[Episodes], NDArray[np.integer]], batches: Iterator
 
 def converters(parameters: Mapping[str, Array]) -> tuple[Callable, Callable]:
     """From NumPy to the parameters' library and device, and back."""
-    sample_parameter = parameters["logits.xi"]
-    if isinstance(sample_parameter, np.ndarray):
-        return (lambda array: array), (lambda array: array)
-    import torch
-
-    return (lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(sample_parameter.device)), (
-        lambda tensor: tensor.cpu().numpy()
-    )
+    like = parameters["logits.xi"]
+    if isinstance(like, np.ndarray):
+        return np.asarray, np.asarray
+    torch = namespace(like)
+    return lambda array: torch.as_tensor(array, device=like.device), lambda tensor: tensor.cpu().numpy()

@@ -1,7 +1,5 @@
 """What a support image tells the transformer: features of the image itself, and of what a layer receives of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mini_ht.arrays import Array, namespace, relu

@@ -1,7 +1,5 @@
 """Figures: how a training went, and one episode with what was generated for it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The HyperTransformer: from a support set to the weights of a CNN, layer by layer (paper, section 4.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mini_ht.arrays import Array, as_indices, namespace

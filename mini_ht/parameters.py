@@ -1,13 +1,10 @@
 """Parameters: a flat mapping from names to arrays; how they are shaped, drawn, moved to torch, saved and loaded."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from mini_ht.arrays import Array
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.features import shared_widths
+from mini_ht.files import write_atomically
 from mini_ht.plan import KERNEL, Layer, plan
 
 FORMAT = "mini_ht 1"
@@ -162,31 +160,6 @@ def write_tensors(file: Path, tensors: Mapping[str, NDArray[Any]], config: Confi
     data = save_tensors({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
     write_atomically(file, data)
     return file
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace `file` by `data` in one step; on an error the old file stays and nothing half written remains.
-
-    Raises InputError on a full disk or in a folder that cannot be written.
-    """
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(
-            f"cannot write {file}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
 
 
 def read_tensors(

@@ -1,7 +1,5 @@
 """The plan: from a Config, the sizes of every layer of the CNN and of the transformer that writes it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mini_ht.config import Config
@@ -36,44 +34,24 @@ class Layer:
 
 def plan(config: Config) -> tuple[Layer, ...]:
     """All layers in the order in which they are generated, the logits layer last."""
-    layers = []
+    layers: list[Layer] = []
     size, inputs = config.image_size, config.image_channels
+
+    def add(name: str, generated: bool, inputs: int, outputs: int, placeholders: int, length: int) -> None:
+        channels = config.channels if name == "logits" else inputs  # logits see flattened maps, local convs do not
+        local = local_convs(size, channels, config.local_features, depth=1 if name == "logits" else 2)
+        width = token_width(config, length, local)
+        layers.append(Layer(name, generated, size, inputs, outputs, placeholders, length, local, width))
+
     for number in range(1, config.blocks + 1):
         if config.allocation == "output":
-            placeholders = config.channels
-            slice_length = KERNEL * KERNEL * inputs + config.generate_bias
+            placeholders, length = config.channels, KERNEL * KERNEL * inputs + config.generate_bias
         else:
-            placeholders, slice_length = KERNEL * KERNEL, inputs * config.channels
-        local = local_convs(size, inputs, config.local_features, depth=2)
-        layers.append(
-            Layer(
-                name=f"conv{number}",
-                generated=number in config.generated_convs,
-                size=size,
-                inputs=inputs,
-                outputs=config.channels,
-                placeholders=placeholders,
-                slice_length=slice_length,
-                local=local,
-                token_width=token_width(config, slice_length, local),
-            )
-        )
+            placeholders, length = KERNEL * KERNEL, inputs * config.channels
+        add(f"conv{number}", number in config.generated_convs, inputs, config.channels, placeholders, length)
         size, inputs = size // 2, config.channels
     features = size * size * inputs
-    local = local_convs(size, inputs, config.local_features, depth=1)
-    layers.append(
-        Layer(
-            name="logits",
-            generated=True,
-            size=size,
-            inputs=features,
-            outputs=config.way,
-            placeholders=config.way,
-            slice_length=features + 1,
-            local=local,
-            token_width=token_width(config, features + 1, local),
-        )
-    )
+    add("logits", True, features, config.way, config.way, features + 1)
     return tuple(layers)
 
 
@@ -89,7 +67,7 @@ def local_convs(size: int, inputs: int, width: int, depth: int) -> tuple[LocalCo
 
 
 def token_width(config: Config, slice_length: int, local: tuple[LocalConv, ...]) -> int:
-    """D: the encoding beside the features; read-out by coordinates also needs room for a slice (spec section 2.2)."""
+    """D: the encoding beside the features; read-out by coordinates also needs room for a slice."""
     features = config.shared_features + sum(conv.outputs for conv in local)
     return config.encoding + (max(features, slice_length) if config.readout == "slice" else features)
 

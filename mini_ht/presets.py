@@ -1,7 +1,5 @@
 """Presets, named after the rows of the paper's tables; the suffix -released takes the sizes of the released code."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from typing import Any

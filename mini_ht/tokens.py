@@ -1,7 +1,5 @@
 """What the transformer reads and writes: support tokens, placeholder tokens, and weight slices (paper, section 4.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mini_ht.arrays import Array, namespace
@@ -61,13 +59,3 @@ def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, 
     weight = slices[..., :length].reshape(episodes, layer.outputs, KERNEL, KERNEL, layer.inputs)
     weight = namespace(slices).moveaxis(weight, 1, -1)  # [E, 3, 3, Cin, Cout]
     return weight, slices[..., length] if config.generate_bias else None
-
-
-def conv_to_slices(weight: Array, bias: Array | None, config: Config) -> Array:
-    """The inverse of `slices_to_conv`: [E, 3, 3, Cin, Cout] -> [E, placeholders, slice length]."""
-    xp = namespace(weight)
-    episodes, _, _, inputs, outputs = weight.shape
-    if config.allocation == "spatial":
-        return weight.reshape(episodes, KERNEL * KERNEL, inputs * outputs)
-    slices = xp.moveaxis(weight, -1, 1).reshape(episodes, outputs, KERNEL * KERNEL * inputs)
-    return slices if bias is None else xp.concat([slices, bias[..., None]], axis=-1)

@@ -280,11 +280,10 @@ def test_unwritable_cache_and_failed_write_leave_nothing(little, small_check, tm
     assert omniglot(little)["train"].pixels.max() == 255
     monkeypatch.setenv("MINI_HT_CACHE", str(tmp_path / "cache"))
 
-    def full_disk(file, **arrays):
-        file.write(b"half")
+    def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     omniglot(little)
     assert files_under(tmp_path / "cache") == []
     assert files_under(little) == ["images_background.zip", "images_evaluation.zip"]

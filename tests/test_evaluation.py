@@ -39,7 +39,6 @@ def test_score_by_hand():
     assert found.episodes == 4
     assert found.accuracy == pytest.approx(mean) and found.interval == pytest.approx(half)
     assert Score.of(np.array([0.3])) == Score(0.3, 0.0, 1)
-    assert str(Score(0.5, 0.0125, 10)) == "50.00 +- 1.25 %"
 
 
 def test_interval_holds_the_truth():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only modules of lower rank, or of its own package.
 LAYERS = (
     ("arrays", "errors"),
+    ("files",),
     ("config",),
     ("plan",),
     ("kernels",),
@@ -29,7 +30,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ONLY = {"kernels": {"arrays", "errors"}, "datasets": {"errors"}}
+ONLY = {"kernels": {"arrays", "errors"}, "datasets": {"errors", "files"}}
 MODEL = ("arrays", "config", "plan", "attention", "tokens", "features", "cnn", "generator")
 LONGEST_FILE, MODEL_LINES, ALL_LINES = 300, 700, 2500
 HEAVY = ("torch", "tqdm", "matplotlib", "tyro", "tensorboard")

@@ -7,8 +7,19 @@ from strategies import configs, generic_parameters, seeds
 from tolerances import assert_close
 
 from mini_ht import Config
+from mini_ht.arrays import namespace
 from mini_ht.plan import plan
-from mini_ht.tokens import conv_to_slices, pad_width, placeholder_tokens, read_slices, slices_to_conv, support_tokens
+from mini_ht.tokens import pad_width, placeholder_tokens, read_slices, slices_to_conv, support_tokens
+
+
+def conv_to_slices(weight, bias, config):
+    """The inverse of `slices_to_conv`: [E, 3, 3, Cin, Cout] -> [E, placeholders, slice length]."""
+    xp = namespace(weight)
+    episodes, _, _, inputs, outputs = weight.shape
+    if config.allocation == "spatial":
+        return weight.reshape(episodes, 9, inputs * outputs)
+    slices = xp.moveaxis(weight, -1, 1).reshape(episodes, outputs, 9 * inputs)
+    return slices if bias is None else xp.concat([slices, bias[..., None]], axis=-1)
 
 
 def conv_layer(config):

@@ -140,9 +140,9 @@ def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
     seen: dict[str, list] = {}
     real = loop.Log.add
 
-    def spy(self, loss, *others):
-        seen.setdefault(self.file.parent.name, []).append((self.state.step, loss, *others))
-        return real(self, loss, *others)
+    def spy(self, loss, accuracy, norm, rate, seconds):
+        seen.setdefault(self.file.parent.name, []).append((self.state.step, loss, accuracy, norm, rate))
+        return real(self, loss, accuracy, norm, rate, seconds)
 
     monkeypatch.setattr(loop.Log, "add", spy)
     whole = run(CONFIG, tmp_path / "whole")
@@ -158,6 +158,7 @@ def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
         assert not torch.equal(getattr(whole, name), getattr(half, name)), name
     assert seen["whole"] == seen["halves"] and len(seen["whole"]) == 12
+    assert (whole.loss, whole.accuracy) == (resumed.loss, resumed.accuracy)  # the smoothed figures go on, too
 
 
 def test_resuming_a_finished_run_adds_nothing(tmp_path):

@@ -3,20 +3,18 @@
 import hashlib
 import io
 import os
-import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from mini_ht.datasets.images import ImageSet, progress, read_image
 from mini_ht.errors import InputError
+from mini_ht.files import write_atomically
 
 HOME = "https://github.com/brendenlake/omniglot/raw/master/python/"
 ARCHIVES = {  # name: (characters, MD5 of the published file)
@@ -57,20 +55,21 @@ def download(data_dir: str | Path) -> None:
     """Fetches the archives that `data_dir` lacks, whole or not at all. Raises InputError, also for a wrong MD5."""
     for target in (Path(data_dir, name) for name in ARCHIVES if not Path(data_dir, name).exists()):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(HOME + target.name, timeout=30) as response, _whole_file(target) as file:
-                size, digest = int(response.headers.get("Content-Length") or 0), hashlib.md5(usedforsecurity=False)
-                pieces = iter(partial(response.read, 1 << 20), b"")
-                for piece in progress(pieces, -(-size >> 20), f"downloading {target.name}", unit="MiB"):
-                    digest.update(piece)
-                    file.write(piece)
-                if digest.hexdigest() != ARCHIVES[target.name][1]:
-                    raise OSError(f"the MD5 of what came is {digest.hexdigest()}, not {ARCHIVES[target.name][1]}")
+            with urllib.request.urlopen(HOME + target.name, timeout=30) as response:
+                size, pieces = (
+                    int(response.headers.get("Content-Length") or 0),
+                    iter(partial(response.read, 1 << 20), b""),
+                )
+                content = b"".join(progress(pieces, -(-size >> 20), f"downloading {target.name}", unit="MiB"))
+            digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            if digest != ARCHIVES[target.name][1]:
+                raise OSError(f"the MD5 of what came is {digest}, not {ARCHIVES[target.name][1]}")
         except (OSError, HTTPException) as error:
             by_hand = f"fetch it with a browser, put it into {target.parent} and name that as the data directory"
             raise InputError(
                 f"{HOME}{target.name} could not be downloaded ({error}); try again, or {by_hand}"
             ) from error
+        write_atomically(target, content)
 
 
 def _load(data_dir: Path, size: int) -> ImageSet:
@@ -88,10 +87,9 @@ def _load(data_dir: Path, size: int) -> ImageSet:
     except Exception:
         parts = [_read_archive(data_dir / name, classes, size) for name, (classes, _) in ARCHIVES.items()]
         pixels, names = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        with suppress(OSError):  # an unwritable cache costs seconds at the next start, nothing else
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with _whole_file(cached) as file:
-                np.savez(file, pixels=pixels, names=names)
+        np.savez(packed := io.BytesIO(), pixels=pixels, names=names)
+        with suppress(InputError):  # an unwritable cache costs seconds at the next start, nothing else
+            write_atomically(cached, packed.getvalue())
     return ImageSet(pixels, np.full(len(names), DRAWINGS, np.int64), tuple(names.tolist()))
 
 
@@ -112,12 +110,3 @@ def _read_archive(path: Path, classes: int, size: int) -> tuple[np.ndarray, np.n
         expected = f"{classes} characters of {DRAWINGS} drawings"
         raise InputError(f"{path}: {error}; expected {expected}, get {path.name} again from {HOME}") from error
     return pixels, found
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its place at `path` when all has been written, and leaves no trace otherwise."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
-        with open(Path(scratch, path.name), "wb") as file:
-            yield file
-        os.replace(file.name, path)

@@ -1,7 +1,5 @@
 """What a run needs to go on exactly where it stopped, in one safetensors file beside the model."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All parameters as one vector: one optimiser update, one gradient to pass between processes."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

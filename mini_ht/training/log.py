@@ -1,8 +1,8 @@
 """The figures of a training: on a progress bar, in metrics.jsonl, and for TensorBoard."""
 
-from __future__ import annotations
-
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mini_ht.config import Config
 from mini_ht.figures import read_metrics
-from mini_ht.parameters import write_atomically
+from mini_ht.files import write_atomically
 from mini_ht.training.checkpoint import State
 from mini_ht.training.schedule import progress
 
@@ -25,31 +25,36 @@ class Log:
         self.file, self.board, self.config, self.state = file, board, config, state
         self.norm = self.rate = 0.0
         self.validation: float | None = None
-        self.since, self.first = (state.step, state.seconds), state.step
-        self.written: tuple[int, float | None] = (-1, None)
-        self.speed = 0.0
+        self.fresh = False  # not yet in a row
+        self.written, self.shown = state.step, 0.0  # step of the last row, second of the bar's last refresh
+        self.steps, self.busy, self.speed = 0, 0.0, 0.0  # since the last row
         unit = "episode" if config.episodes else "s"
         self.total = config.episodes or round(60 * config.minutes)
         bar = "{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} {postfix}"
         self.bar = tqdm(total=self.total, unit=unit, disable=quiet, bar_format=bar, desc="training", dynamic_ncols=True)
 
-    def add(self, loss: float, accuracy: float, norm: float, rate: float) -> float:
-        """Take in the figures of a step; returns the smoothed loss. Every 50 steps a row is written."""
+    def add(self, loss: float, accuracy: float, norm: float, rate: float, seconds: float) -> float:
+        """Take in the figures of a step and how long it took; returns the smoothed loss. 50 steps make a row."""
         old = SMOOTHING if self.state.step > 1 else 0.0
         self.state.loss = old * self.state.loss + (1 - old) * loss
         self.state.accuracy = old * self.state.accuracy + (1 - old) * accuracy
         self.norm, self.rate = norm, rate
+        self.steps, self.busy = self.steps + 1, self.busy + seconds
+        self.speed = self.steps * self.config.episodes_per_step / self.busy
         if self.state.step % 50 == 0:
             self.write()
-        elif self.state.step % 5 == 0:
+        elif time.perf_counter() - self.shown > (0.2 if sys.stderr.isatty() else 30):
             self.show()
         return self.state.loss
 
+    def validated(self, accuracy: float) -> None:
+        """Take in an accuracy on validation classes, and write a row."""
+        self.validation, self.fresh = accuracy, True
+        self.write()
+
     def show(self) -> None:
         """Refresh the bar."""
-        steps, seconds = self.state.step - self.since[0], self.state.seconds - self.since[1]
-        if steps > 0 and seconds > 0:
-            self.speed = steps * self.config.episodes_per_step / seconds
+        self.shown = time.perf_counter()
         unseen = "" if self.validation is None else f", unseen classes {100 * self.validation:.1f} %"
         self.bar.set_postfix_str(f"{self.speed:.0f} episodes/s, loss {self.state.loss:.3f}{unseen}", refresh=False)
         episodes = self.state.step * self.config.episodes_per_step
@@ -58,18 +63,16 @@ class Log:
         self.bar.refresh()
 
     def write(self) -> None:
-        """Append a row, unless nothing has happened since the last, and begin a new stretch for the speed."""
-        if (self.state.step, self.validation) == self.written or self.state.step == self.first:
+        """Append a row, unless no step was made, with the validation accuracy if it is new."""
+        if self.written == self.state.step and not self.fresh:
             return
-        self.written = (self.state.step, self.validation)
-        self.show()
         row = {
             "step": self.state.step,
             "episodes": self.state.step * self.config.episodes_per_step,
             "seconds": round(self.state.seconds, 2),
             "loss": self.state.loss,
             "train_accuracy": self.state.accuracy,
-            "validation_accuracy": self.validation,
+            "validation_accuracy": self.validation if self.fresh else None,
             "learning_rate": self.rate,
             "gradient_norm": self.norm,
             "episodes_per_second": round(self.speed, 1),
@@ -79,7 +82,7 @@ class Log:
         for name, value in row.items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, self.state.step)
-        self.since = (self.state.step, self.state.seconds)
+        self.written, self.fresh, self.steps, self.busy = self.state.step, False, 0, 0.0
 
     def close(self) -> None:
         """Leave the bar as it stands."""

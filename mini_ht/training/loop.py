@@ -1,7 +1,5 @@
 """The training loop: AdamW on the query loss of the generated CNNs; resumable, logged, ended by time or count."""
 
-from __future__ import annotations
-
 import math
 import os
 import time
@@ -175,27 +173,28 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
     started = time.perf_counter() - state.seconds
     saved = time.perf_counter()
     pause = max(5.0, 60 * config.minutes / 80) if not config.episodes else 20.0  # seconds between validations
-    next_validation = state.seconds + pause
+    next_validation, first = state.seconds + pause, state.step
     guess = math.log(config.way)
     try:
         while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
             rate = learning_rate(config, done)
+            begun = time.perf_counter()
             loss, accuracy, norm = trainer.step(rate)
-            state.seconds = time.perf_counter() - started
-            if log.add(loss, accuracy, norm, rate) > DIVERGED * guess:
+            now = time.perf_counter()
+            state.seconds = now - started
+            if log.add(loss, accuracy, norm, rate, now - begun) > DIVERGED * guess:
                 raise InputError(
                     f"training diverged at step {state.step}: the loss is over {DIVERGED:.0f} times that of guessing; "
                     "the last good checkpoint is kept. Train again with a lower learning_rate"
                 )
             if validation is not None and state.seconds >= next_validation:
-                log.validation = trainer.validate(validation)
-                log.write()
+                log.validated(trainer.validate(validation))
                 next_validation = state.seconds + pause
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 save_run(run_dir, config, state)
                 saved = time.perf_counter()
-        if validation is not None:
-            log.validation = trainer.validate(validation)
+        if validation is not None and state.step > first:
+            log.validated(trainer.validate(validation))
         log.write()
         save_run(run_dir, config, state)
     except KeyboardInterrupt:

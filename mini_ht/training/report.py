@@ -1,7 +1,5 @@
 """What a run was worth: accuracy on unseen classes beside two yardsticks, a summary and two figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -19,7 +17,8 @@ from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes
 from mini_ht.evaluation import QUERIES, affordable_queries, evaluate, evaluation_episodes, pixel_nearest_mean
 from mini_ht.figures import draw_curve, draw_episode, read_metrics
-from mini_ht.parameters import CHECKPOINT, load, to_torch, write_atomically
+from mini_ht.files import write_atomically
+from mini_ht.parameters import CHECKPOINT, load, to_torch
 from mini_ht.training.checkpoint import STATE, State
 from mini_ht.training.log import METRICS
 
@@ -51,6 +50,17 @@ def measure(
     return dataclasses.asdict(score) | yardsticks | dict(task) | {"norm": norm, "seed": seed, "seconds": seconds}
 
 
+def describe(figures: Mapping[str, Any]) -> str:
+    """The figures of `measure` as text."""
+    return (
+        f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of unseen classes, "
+        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}\n"
+        f"  accuracy                {100 * figures['accuracy']:6.2f} +- {100 * figures['interval']:.2f} %\n"
+        f"  nearest mean of pixels  {100 * figures['pixel_nearest_mean']:6.2f} %\n"
+        f"  chance                  {100 * figures['chance']:6.2f} %"
+    )
+
+
 def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str:
     """Measure the run's model on `images`, write summary.json, curve.png and episode.png; returns the text to print."""
     parameters, _ = load(run_dir)
@@ -70,14 +80,8 @@ def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str
     draw_curve(read_metrics(run_dir / METRICS), lines, run_dir / CURVE)
     episode = next(evaluation_episodes(images, 1, seed=1, **task))
     draw_episode(parameters, config, episode, run_dir / EPISODE)
-    return (
-        f"\n{config.way}-way {config.shot}-shot on classes never seen in training, {figures['episodes']:,} episodes, "
-        f"protocol {config.protocol}, norm {config.norm}\n"
-        f"  accuracy                  {100 * figures['accuracy']:6.2f} +- {100 * figures['interval']:.2f} %\n"
-        f"  nearest mean of pixels    {100 * figures['pixel_nearest_mean']:6.2f} %\n"
-        f"  chance                    {100 * figures['chance']:6.2f} %\n"
-        f"{episodes:,} training episodes in {state.seconds:.0f} s. Look at {run_dir / CURVE} and {run_dir / EPISODE}"
-    )
+    trained = f"{episodes:,} training episodes in {state.seconds:.0f} s"
+    return f"\n{describe(figures)}\n{trained}. Look at {run_dir / CURVE} and {run_dir / EPISODE}"
 
 
 def clear_run(run_dir: Path) -> None:

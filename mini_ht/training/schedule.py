@@ -1,7 +1,5 @@
 """How far the training is, and the learning rate that follows from it."""
 
-from __future__ import annotations
-
 import math
 
 from mini_ht.config import Config

@@ -1,7 +1,5 @@
 """The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
