@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,10 +31,7 @@ USAGE = """mini-ht: a transformer that reads a few labelled images and writes a 
 
 'mini-ht COMMAND --help' explains the options. First time? 'mini-ht train' takes two minutes and needs no data.
 """
-DataDir = Annotated[
-    Path | None,
-    arg(help="Omniglot: folder of the two official archives (downloaded if not given). Folder: the class folders."),
-]
+DataDir = Annotated[Path | None, arg(help="Omniglot's two archives (downloaded if not given), or the class folders.")]
 Json = Annotated[bool, arg(name="json", help="Print one line of JSON instead of text.")]
 Name = Annotated[Positional[str], arg(metavar="PRESET", help="What to train; 'mini-ht presets' lists them.")]
 Command = TypeVar("Command")
@@ -125,7 +121,7 @@ def evaluate(options: Evaluate) -> None:
         print(
             f"note: trained on split {config.split!r}, so some of these classes were seen in training", file=sys.stderr
         )
-    images = open_images(dataclasses.replace(config, split=split), options.data_dir)
+    images = open_images(replace(config, split=split), options.data_dir)
     if options.part not in images:
         raise InputError(f"this data has no part {options.part!r}; choose one of {', '.join(images)}")
     way = config.way if options.way is None else options.way
@@ -192,7 +188,7 @@ def open_images(config: Config, data_dir: Path | None) -> Any:
 def train_defaults(arguments: Sequence[str]) -> Train:
     """The options of `train` before the flags: a preset's config, or with --resume the one that the run began with."""
     name, run_dir, resume, skip = QUICKSTART, None, False, ""
-    switches = {field.name for field in dataclasses.fields(Config) if field.type == "bool"} | {"resume", "overwrite"}
+    switches = {option.name for option in fields(Config) if option.type == "bool"} | {"resume", "overwrite"}
     for argument in arguments:
         if not argument.startswith("-"):
             if skip == "run_dir":

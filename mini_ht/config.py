@@ -55,6 +55,7 @@ class Config:
     split: Literal["random", "alphabet"] = "random"  # Omniglot: 1,150 / 50 / 423 characters, or Lake's alphabets
     rotate: bool = True  # Training turns each class of an episode by a random multiple of 90 degrees
     mirror: bool = False  # Training mirrors each class of an episode or not, at random
+    shift: int = 0  # Training moves each image by up to as many pixels, at random
     protocol: Literal["disjoint", "released"] = "disjoint"  # May support images be queries, too (released)?
 
     # The training
@@ -81,10 +82,8 @@ class Config:
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.image_size < 2**self.blocks:
-            raise InputError(
-                f"image_size {self.image_size} is too small for {self.blocks} blocks, each of which halves it: "
-                f"take at least {2**self.blocks} pixels or fewer blocks"
-            )
+            want = f"{self.blocks} blocks want at least {2**self.blocks} pixels"
+            raise InputError(f"image_size {self.image_size} is too small: {want}")
         if self.allocation == "spatial" and self.generate_bias:
             raise InputError("allocation 'spatial' has no slice for a channel's bias: use 'output' or no generate_bias")
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
@@ -110,10 +109,8 @@ class Config:
         numbers = word.split(",")
         if all(number.isdecimal() and int(number) in everything for number in numbers):
             return tuple(sorted({int(number) for number in numbers}))
-        raise InputError(
-            f"generate is {self.generate!r}; write all, logits, firstK, lastK, or layer numbers "
-            f"between 1 and {self.blocks} such as 1,3"
-        )
+        numbered = f"layer numbers between 1 and {self.blocks} such as 1,3"
+        raise InputError(f"generate is {self.generate!r}; write all, logits, firstK, lastK, or {numbered}")
 
     def to_json(self) -> str:
         """All fields as one line of JSON."""
@@ -129,17 +126,15 @@ class Config:
         known = {field.name for field in dataclasses.fields(Config)}
         if not isinstance(fields, dict) or set(fields) != known:
             differs = sorted(set(fields) ^ known) if isinstance(fields, dict) else [type(fields).__name__]
-            raise InputError(
-                f"the configuration was written by another version of mini_ht: {', '.join(differs)} differ; "
-                "use that version, or train again"
-            )
+            where = f"another version of mini_ht: {', '.join(differs)} differ"
+            raise InputError(f"the configuration was written by {where}; use that version, or train again")
         return Config(**fields)
 
 
 LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
-    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed"], 0),
+    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift"], 0),
     "way": 2,
     "image_channels": 1,
     "key_width": 0.05,

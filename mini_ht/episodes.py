@@ -103,6 +103,15 @@ def sample(
     )
 
 
+def shifted(images: NDArray[np.float32], offsets: Integers) -> NDArray[np.float32]:
+    """Each image moved by its offset (rows, columns), zeros coming in: images [E, N, H, W, C], offsets [E, N, 2]."""
+    most = int(np.abs(offsets).max())
+    padded = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[2:4], (2, 3))  # [E, N, 2s+1, 2s+1, C, H, W]
+    e, n = np.ogrid[: images.shape[0], : images.shape[1]]
+    return np.moveaxis(windows[e, n, most - offsets[..., 0], most - offsets[..., 1]], 2, -1)  # [E, N, H, W, C]
+
+
 def draw(rng: np.random.Generator, counts: Integers, k: int) -> Integers:
     """k different numbers below each count, in random order: counts [E, way] -> [E, way, k]."""
     keys = rng.random((*counts.shape, int(counts.max())))

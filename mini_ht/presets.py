@@ -18,7 +18,8 @@ def presets() -> dict[str, Config]:
     for shot in (1, 5):
         for channels in (4, 6, 8, 16, 32, 48, 64):
             released = Config(shot=shot, queries=3 if shot == 1 else 5, channels=channels, local_features=channels)
-            add(table, f"omniglot-20way-{shot}shot-{channels}ch", released, best)
+            name = f"omniglot-20way-{shot}shot-{channels}ch"
+            table |= {name: dataclasses.replace(released, **best), f"{name}-released": released}
     for shot in (1, 5):
         for channels in (8, 16, 32, 48, 64):
             released = Config(
@@ -26,14 +27,9 @@ def presets() -> dict[str, Config]:
                 channels=channels, slope=0.01, heads=8, key_width=0.5, value_width=0.5, inner_width=0.5,
                 shared_features=16, local_features=16, minutes=240,
             )  # fmt: skip
-            add(table, f"mini-imagenet-5way-{shot}shot-{channels}ch", released, best)
+            name = f"mini-imagenet-5way-{shot}shot-{channels}ch"
+            table |= {name: dataclasses.replace(released, **best), f"{name}-released": released}
     return table
-
-
-def add(table: dict[str, Config], name: str, released: Config, best: dict[str, Any]) -> None:
-    """Both variants of a row."""
-    table[name] = dataclasses.replace(released, **best)
-    table[f"{name}-released"] = released
 
 
 def preset(name: str) -> Config:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from mini_ht.datasets.images import ImageSet
-from mini_ht.episodes import Episodes, sample
+from mini_ht.episodes import Episodes, sample, shifted
 from mini_ht.errors import InputError
 
 PATTERN = np.arange(16, dtype=np.uint8).reshape(4, 4)
@@ -192,3 +192,33 @@ def test_too_few_images():
     assert draw_from(tagged([5, 4, 5]), 0, 1, protocol="released", **options).support.shape[1] == 6
     with pytest.raises(InputError, match=r"class 'class1' has 2 images; wanted 3"):
         draw_from(tagged([5, 2, 5]), 0, 1, protocol="released", **options)
+
+
+def test_mirrored_classes():
+    """With mirror, all eight positions of a class occur about equally often, the same for all of its images."""
+    batch = draw_from(tagged([4] * 6), 0, 600, way=3, shot=1, queries=2, rotate=True, mirror=True)
+    views = [np.rot90(pattern, quarter) for pattern in (PATTERN, PATTERN[:, ::-1]) for quarter in range(4)]
+    support, query = (
+        np.stack([(tags(images)[..., 2] == view).all((-1, -2)) for view in views])
+        for images in (batch.support, batch.query)
+    )  # [8, E, n] and [8, E, m]
+    assert (support.sum(0) == 1).all() and np.abs(support.mean((1, 2)) - 1 / 8).max() < 0.03
+    assert (query == support.repeat(2, axis=-1)).all()
+
+
+@given(seed=seeds, most=st.integers(1, 3))
+def test_shifted_images(seed, most):
+    """An image moves by its own offset, zeros come in where it was, and what leaves is lost."""
+    rng = np.random.default_rng(seed)
+    images, offsets = rng.random((2, 3, 6, 5, 2), dtype=np.float32), rng.integers(-most, most + 1, (2, 3, 2))
+    offsets[0, 0, 0] = most  # the largest offset decides how much is padded
+    moved = shifted(images, offsets)
+    for e in range(2):
+        for n in range(3):
+            rows, columns = offsets[e, n]
+            wanted = np.zeros_like(images[e, n])
+            for i in range(6):
+                for j in range(5):
+                    if 0 <= i + rows < 6 and 0 <= j + columns < 5:
+                        wanted[i + rows, j + columns] = images[e, n, i, j]
+            np.testing.assert_array_equal(moved[e, n], wanted)

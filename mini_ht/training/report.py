@@ -76,8 +76,8 @@ def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str
         "config": dataclasses.asdict(config),
     }
     write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2).encode())
-    lines = {"nearest pixel mean": figures["pixel_nearest_mean"], "chance": figures["chance"]}
-    draw_curve(read_metrics(run_dir / METRICS), lines, run_dir / CURVE)
+    yardsticks = {"nearest pixel mean": figures["pixel_nearest_mean"], "chance": figures["chance"]}
+    draw_curve(read_metrics(run_dir / METRICS), yardsticks, run_dir / CURVE)
     episode = next(evaluation_episodes(images, 1, seed=1, **task))
     draw_episode(parameters, config, episode, run_dir / EPISODE)
     trained = f"{episodes:,} training episodes in {state.seconds:.0f} s"

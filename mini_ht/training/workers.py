@@ -1,6 +1,7 @@
 """The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
-from mini_ht.episodes import Episodes, sample
+from mini_ht.episodes import Episodes, sample, shifted
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.training.flat import Layout
@@ -28,7 +29,13 @@ def training_episodes(config: Config, images: ImageSet, step: int, part: slice =
     """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted."""
     rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
     turns: dict[str, Any] = {"rotate": config.rotate, "mirror": config.mirror}
-    return sample(images, rng, config.episodes_per_step, part=part, **turns, **config.task)
+    batch = sample(images, rng, config.episodes_per_step, part=part, **turns, **config.task)
+    if not config.shift:
+        return batch
+    count = config.way * (config.unlabelled + config.shot + config.queries)
+    offsets = rng.integers(-config.shift, config.shift + 1, (config.episodes_per_step, count, 2))[part]
+    support, query = np.split(offsets, [batch.labels.shape[1]], axis=1)  # [E, n, 2] and [E, m, 2]
+    return dataclasses.replace(batch, support=shifted(batch.support, support), query=shifted(batch.query, query))
 
 
 def gradient(
@@ -106,9 +113,8 @@ class Workers:
 
     def close(self) -> None:
         """End the other processes."""
-        for connection in self.connections:
+        for connection, process in zip(self.connections, self.processes, strict=True):
             connection.close()
-        for process in self.processes:
             process.join(timeout=10)
 
 
@@ -134,9 +140,7 @@ def serve(
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks instead of returning them: fresh pages cost 10 to 20 % of a step on a CPU."""
+    """Tell glibc to reuse large blocks instead of returning them: fresh pages cost about 10 % of a step on a CPU."""
     if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
-        trim_threshold, mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 1 << 30)
+        for option in (-1, -3):  # trim threshold, mmap threshold
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
