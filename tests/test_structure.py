@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 # A module imports only modules of lower rank, or of its own package.
 LAYERS = (
     ("arrays", "errors"),
@@ -175,3 +177,24 @@ def test_inference_needs_only_numpy():
     script = INFERENCE.replace("{heavy}", repr((*HEAVY, "triton")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.split() == ["(4,", "2)", "float32", "True", "False"], done
+
+
+def test_the_map_is_true():
+    """ARCHITECTURE.md lists every file that holds code, with its count of lines that are not blank, to within 15 %."""
+    rows = re.findall(r"^\| \[(\S+\.py)\].*\| (\d+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.M)
+    listed = {ROOT / file: int(count) for file, count in rows}
+    wanted = {MODULES[name]: count for name, count in LINES.items() if MODULES[name].name != "__init__.py"}
+    assert listed.keys() == wanted.keys(), listed.keys() ^ wanted.keys()
+    wrong = {
+        str(file): (listed[file], count) for file, count in wanted.items() if abs(listed[file] - count) > 0.15 * count
+    }
+    assert not wrong, f"(listed, found): {wrong}"
+
+
+def test_readme_states_the_sizes():
+    """The README's two line counts are those found, to within 5 %."""
+    found = re.search(r"is (\d[\d,]*) lines; everything in\s+`mini_ht/` and `kernels/` is (\d[\d,]*)", README)
+    assert found, "the sentence on sizes is not in the README"
+    model, whole = (int(count.replace(",", "")) for count in found.groups())
+    assert abs(model - sum(LINES[f"mini_ht.{name}"] for name in MODEL)) <= 0.05 * model
+    assert abs(whole - sum(LINES.values())) <= 0.05 * whole

@@ -1,0 +1,53 @@
+"""What the README tells a reader to type works as printed, with less time and fewer episodes."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mini_ht.cli import main
+from mini_ht.training import report
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+OMNIGLOT = Path(os.environ.get("MINI_HT_OMNIGLOT", ROOT / "../shared/data/omniglot")).resolve()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_the_python_block_runs():
+    """The ten lines of Python run without torch and give logits for every image and class."""
+    (block,) = blocks("python")
+    scope: dict = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    assert scope["logits"].shape == (20, 20) and np.isfinite(scope["logits"]).all()
+
+
+def test_make_targets_exist():
+    """Every make command in the README is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)", README))
+    assert {"train", "test"} <= named <= targets
+
+
+@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason="no Omniglot archives; name their folder in MINI_HT_OMNIGLOT")
+def test_the_omniglot_commands_run(tmp_path, monkeypatch, capsys):
+    """The two commands on Omniglot train, resume from their own folder, and print the figures as JSON."""
+    (block,) = [block for block in blocks("") if "mini-ht train" in block]
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("mini-ht")]
+    swap = {"../shared/data/omniglot": str(OMNIGLOT), "40": "0.05", "1000": "16"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINI_HT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(report, "EPISODES", 16)
+    for command in commands:
+        assert main([swap.get(word, word) for word in command]) == 0, command
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["way"] == 20 and figures["episodes"] == 16 and 0 <= figures["accuracy"] <= 1
+    assert (tmp_path / "runs/omniglot/episode.png").exists()
