@@ -92,8 +92,6 @@ class Bench:
 class Presets:
     """List the presets with the sizes of the generator and of the CNN that it writes."""
 
-    json: Json = False
-
 
 def train(options: Train) -> None:
     """Train, measure, and write summary and figures."""
@@ -151,29 +149,18 @@ def bench(options: Bench) -> None:
     from mini_ht.bench import bench_training
 
     figures = {"preset": options.preset, **bench_training(preset(options.preset), options.workers)}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    print(
-        f"{options.preset}: {figures['episodes_per_second']} episodes/s with {figures['workers']} processes, "
-        f"{figures['episodes_per_step']} episodes a step\nshare of the main process's time:"
-    )
-    for name, share in figures["share"].items():
-        print(f"  {name:9s} {100 * share:5.1f} %")
+    share = ", ".join(f"{name} {part:.0%}" for name, part in figures["share"].items())
+    speed = f"{figures['episodes_per_second']} episodes/s, {figures['episodes_per_step']} a step"
+    text = f"{options.preset}: {speed}, {figures['workers']} processes\ntime of the main process: {share}"
+    print(json.dumps(figures) if options.json else text)
 
 
 def list_presets(options: Presets) -> None:
     """Print the table of presets."""
-    rows = {
-        name: {"generator": generator_size(config), "cnn": cnn_size(config), "cnn_bytes": 4 * cnn_size(config)}
-        for name, config in presets().items()
-    }
-    if options.json:
-        print(json.dumps(rows))
-        return
     print(f"{'preset':42s} {'generator':>11s} {'generated CNN':>24s}")
-    for name, row in rows.items():
-        print(f"{name:42s} {row['generator']:11,} {row['cnn']:11,} ({row['cnn_bytes'] / 1000:7.1f} kB)")
+    for name, config in presets().items():
+        cnn = cnn_size(config)
+        print(f"{name:42s} {generator_size(config):11,} {cnn:11,} ({4 * cnn / 1000:7.1f} kB)")
 
 
 def open_images(config: Config, data_dir: Path | None) -> Any:
@@ -214,16 +201,14 @@ def parse(kind: Callable[..., Command], name: str, arguments: Sequence[str], def
 
 def run(name: str, arguments: Sequence[str]) -> None:
     """Run one command."""
-    if name == "train":
-        train(parse(Train, name, arguments, train_defaults(arguments)))
-    elif name == "evaluate":
-        evaluate(parse(Evaluate, name, arguments))
-    elif name == "bench":
-        bench(parse(Bench, name, arguments))
-    elif name == "presets":
-        list_presets(parse(Presets, name, arguments))
-    else:
-        raise InputError(f"there is no command {name!r}; choose train, evaluate, bench or presets")
+    commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
+        "train": (Train, train), "evaluate": (Evaluate, evaluate),
+        "bench": (Bench, bench), "presets": (Presets, list_presets),
+    }  # fmt: skip
+    if name not in commands:
+        raise InputError(f"there is no command {name!r}; choose {', '.join(commands)}")
+    kind, action = commands[name]
+    action(parse(kind, name, arguments, train_defaults(arguments) if kind is Train else MISSING_NONPROP))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

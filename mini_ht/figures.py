@@ -18,9 +18,7 @@ MOST_CLASSES = 10  # more rows would be too small to read
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last one that was cut short."""
-    lines = file.read_text().splitlines()
-    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-    return [json.loads(line) for line in whole]
+    return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], file: Path) -> None:
@@ -34,13 +32,13 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], fi
         [100 * row["validation_accuracy"] for row in seen],
         color="#0969da",
         linewidth=2,
-        label="unseen classes",
+        label="validation classes, never trained on",
     )
     for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
         axes.axhline(100 * value, color="#57606a", linestyle=style, linewidth=1, label=f"{name} {100 * value:.1f} %")
     axes.set(xlabel="training episodes", ylabel="query accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", framealpha=0.95, edgecolor="none")
     save_figure(figure, file)
 
 

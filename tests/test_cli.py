@@ -107,17 +107,15 @@ def test_help_explains_config(call):
 
 def test_presets(call):
     """All presets are listed, with the number of trained parameters and the size of the CNN."""
-    code, out, _ = call("presets", "--json")
-    rows = json.loads(out)
+    code, out, _ = call("presets")
+    rows = {line.split()[0]: line.replace(",", "").split()[1:3] for line in out.splitlines()[1:]}
     assert code == 0 and rows.keys() == presets().keys() and "omniglot-20way-1shot-8ch-released" in rows
     for name in ("quickstart", "omniglot-20way-1shot-8ch", "omniglot-20way-5shot-64ch-released"):
         config = preset(name)
-        assert rows[name]["generator"] == sum(x.size for x in draw_parameters(config).values())
         c, side = config.channels, config.image_size // 2**config.blocks
         cnn = 9 * c * (config.image_channels + 3 * c) + 2 * 4 * c + config.way * (side * side * c + 1)
-        assert rows[name]["cnn"] == cnn and rows[name]["cnn_bytes"] == 4 * cnn and len(plan(config)) == 5
-    code, text, _ = call("presets")
-    assert code == 0 and all(name in text and f"{row['generator']:,}" in text for name, row in rows.items())
+        generator = sum(x.size for x in draw_parameters(config).values())
+        assert [int(word) for word in rows[name]] == [generator, cnn] and len(plan(config)) == 5
 
 
 def test_train(trained):

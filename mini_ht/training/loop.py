@@ -2,8 +2,11 @@
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,21 @@ from mini_ht.training.workers import Clock, Workers
 CHECKPOINT_SECONDS = 60.0
 VALIDATION_EPISODES = 64
 DIVERGED = 10.0  # times the loss of guessing
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block, so that a checkpoint never holds half a step."""
+    seen: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # other threads get no Ctrl-C
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number)) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 class Trainer:
@@ -78,10 +96,11 @@ class Trainer:
             group["lr"] = rate
         for leaf, part in zip(self.leaves, gradient.split([len(leaf) for leaf in self.leaves]), strict=True):
             leaf.grad = part
-        self.optimiser.step()
-        if self.config.ema:
-            self.state.average.lerp_(self.state.vector, 1 - average_decay(self.config, self.state.step))
-        self.state.step += 1
+        with interrupts_wait():
+            self.optimiser.step()
+            if self.config.ema:
+                self.state.average.lerp_(self.state.vector, 1 - average_decay(self.config, self.state.step))
+            self.state.step += 1
         clock("optimise")
         return loss, accuracy, norm
 
@@ -174,7 +193,6 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
     saved = time.perf_counter()
     pause = max(5.0, 60 * config.minutes / 80) if not config.episodes else 20.0  # seconds between validations
     next_validation, first = state.seconds + pause, state.step
-    guess = math.log(config.way)
     try:
         while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
             rate = learning_rate(config, done)
@@ -182,7 +200,7 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
             loss, accuracy, norm = trainer.step(rate)
             now = time.perf_counter()
             state.seconds = now - started
-            if log.add(loss, accuracy, norm, rate, now - begun) > DIVERGED * guess:
+            if log.add(loss, accuracy, norm, rate, now - begun) > DIVERGED * math.log(config.way):
                 raise InputError(
                     f"training diverged at step {state.step}: the loss is over {DIVERGED:.0f} times that of guessing; "
                     "the last good checkpoint is kept. Train again with a lower learning_rate"

@@ -96,14 +96,14 @@ class Workers:
 
     def gradient(self, step: int, clock: Clock = lambda name: None) -> tuple[Tensor, Tensor]:
         """Gradient [size] of the step's mean loss, and (loss, accuracy) [2]; sums are always in the same order."""
-        for connection in self.connections:
-            connection.send(step)
-        total, figures = gradient(self.config, self.layout, self.images, self.vector, step, self.own, clock)
-        for connection, result in zip(self.connections, self.results, strict=True):
-            try:
-                answer: Any = connection.recv()
-            except (EOFError, ConnectionError) as error:
-                raise InputError("a worker process ended by itself (out of memory?); try --workers 1") from error
+        try:
+            for connection in self.connections:
+                connection.send(step)
+            total, figures = gradient(self.config, self.layout, self.images, self.vector, step, self.own, clock)
+            answers: list[Any] = [connection.recv() for connection in self.connections]
+        except (EOFError, ConnectionError) as error:
+            raise InputError("a worker process ended by itself (out of memory?); try --workers 1") from error
+        for answer, result in zip(answers, self.results, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
             total += result

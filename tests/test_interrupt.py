@@ -1,0 +1,22 @@
+"""Ctrl-C never leaves half a step in a checkpoint."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from mini_ht.training.loop import interrupts_wait
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    """A Ctrl-C in the middle of an update takes effect when the update is whole."""
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("update")
+    assert done == ["update"]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
