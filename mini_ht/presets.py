@@ -19,7 +19,7 @@ def presets() -> dict[str, Config]:
         for channels in (4, 6, 8, 16, 32, 48, 64):
             released = Config(shot=shot, queries=3 if shot == 1 else 5, channels=channels, local_features=channels)
             name = f"omniglot-20way-{shot}shot-{channels}ch"
-            table |= {name: dataclasses.replace(released, **best), f"{name}-released": released}
+            table |= {name: dataclasses.replace(released, mirror=True, shift=2, **best), f"{name}-released": released}
     for shot in (1, 5):
         for channels in (8, 16, 32, 48, 64):
             released = Config(
