@@ -56,7 +56,7 @@ def conv_block(
     """conv 3x3 'same' -> (leaky) ReLU -> 2x2 max-pool (valid) -> batch norm, with other weights for every episode.
 
     Args:
-        x: [E, N, H, W, Cin], H and W at least 2.
+        x: [E, N, H, W, Cin], H and W at least 2; on torch it may be bfloat16 where the rest is float32.
         weight: [E, 3, 3, Cin, Cout].
         gamma, beta: [Cout], scale and offset of the norm, shared by all episodes.
         bias: [E, Cout], added before the activation; None for none.
@@ -72,14 +72,16 @@ def conv_block(
     pooled = computer.conv_max_pool(x, weight)  # [E, N, H // 2, W // 2, Cout]
     # The activation never decreases, so it may come after the pool, where there is a quarter of the values.
     if bias is not None:
-        pooled = pooled + bias[:, None, None, None, :]
+        pooled = pooled + as_floats(bias, x)[:, None, None, None, :]
     active = namespace(x).where(pooled > 0, pooled, slope * pooled) if slope else relu(pooled)
     if statistics is None and mask is None:
         return computer.batch_norm(active, gamma, beta, NORM_EPS)
+    active = as_floats(active, gamma)
     mean, variance = statistics or masked_statistics(active, mask)
     scale = gamma * (variance + NORM_EPS) ** -0.5  # [E, Cout]
     shift = beta - mean * scale  # [E, Cout]
-    return active * scale[:, None, None, None, :] + shift[:, None, None, None, :], (mean, variance)
+    normal = active * scale[:, None, None, None, :] + shift[:, None, None, None, :]
+    return as_floats(normal, x), (mean, variance)
 
 
 def masked_statistics(x: Array, mask: Array) -> tuple[Array, Array]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """x [B, H, W, Cin], weight [k, k, Cin, Cout], bias [Cout] -> [B, H', W', Cout]."""
-    images, filters = torch_layout(x.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1))  # filters [Cout, Cin, k, k]
-    y = F.conv2d(images, filters, bias, stride=stride, padding=padding)  # [B, Cout, H', W']
+    filters = weight.to(x.dtype).permute(3, 2, 0, 1)  # [Cout, Cin, k, k]
+    images, filters = torch_layout(x.permute(0, 3, 1, 2), filters)
+    y = F.conv2d(images, filters, bias.to(x.dtype), stride=stride, padding=padding)  # [B, Cout, H', W']
     return y.permute(0, 2, 3, 1)  # [B, H', W', Cout]
 
 
@@ -22,7 +23,7 @@ def conv_max_pool(x: Tensor, weight: Tensor) -> Tensor:
     One convolution with a group per episode. A tie in the pool goes to the first maximum.
     """
     episodes, outputs = weight.shape[0], weight.shape[-1]
-    filters = weight.permute(0, 4, 3, 1, 2).reshape(episodes * outputs, -1, 3, 3)  # [E * Cout, Cin, 3, 3]
+    filters = weight.to(x.dtype).permute(0, 4, 3, 1, 2).reshape(episodes * outputs, -1, 3, 3)  # [E * Cout, Cin, 3, 3]
     images, filters = torch_layout(episodes_as_channels(x), filters)  # images [N, E * Cin, H, W]
     y = F.conv2d(images, filters, padding=1, groups=episodes)  # [N, E * Cout, H, W]
     return channels_as_episodes(F.max_pool2d(y, 2), episodes)  # [E, N, h, w, Cout]

@@ -23,9 +23,9 @@ def fused(x: Array) -> Any:
     return None if isinstance(x, np.ndarray) else sys.modules["torch"].nn.functional
 
 
-def as_floats(mask: Array, like: Array) -> Array:
-    """A boolean array as 0.0 and 1.0 in the dtype of `like` (NumPy and torch spell the cast differently)."""
-    return mask.astype(like.dtype) if isinstance(mask, np.ndarray) else mask.to(like.dtype)
+def as_floats(x: Array, like: Array) -> Array:
+    """Numbers or booleans in the floating dtype of `like` (NumPy and torch spell the cast differently)."""
+    return x.astype(like.dtype, copy=False) if isinstance(x, np.ndarray) else x.to(like.dtype)
 
 
 def as_indices(labels: Array) -> Array:

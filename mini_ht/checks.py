@@ -51,7 +51,8 @@ def check_images(
     name: str, images: Any, like: Array, shape: tuple[int, ...], ranks: tuple[int, ...], episodes: int | None = None
 ) -> None:
     """Images of `shape` (H, W, C), of as many episodes if given, of the library and dtype of `like`, at least one."""
-    if not isinstance(images, type(like)) or images.dtype != like.dtype:
+    dtypes = (str(like.dtype), "torch.bfloat16")
+    if not isinstance(images, type(like)) or str(images.dtype) not in dtypes:
         raise InputError(
             f"{name} is a {type(images).__name__} of {getattr(images, 'dtype', 'no dtype')} and the parameters are of "
             f"{type(like).__name__}, {like.dtype}: bring both to one library and dtype (pixels in [0, 1])"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from mini_ht.config import Config
 from mini_ht.errors import InputError
@@ -34,7 +34,6 @@ USAGE = """mini-ht: a transformer that reads a few labelled images and writes a 
 DataDir = Annotated[Path | None, arg(help="Omniglot's two archives (downloaded if not given), or the class folders.")]
 Json = Annotated[bool, arg(name="json", help="Print one line of JSON instead of text.")]
 Name = Annotated[Positional[str], arg(metavar="PRESET", help="What to train; 'mini-ht presets' lists them.")]
-Command = TypeVar("Command")
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Evaluate:
     data_dir: DataDir = None
     episodes: Annotated[int, arg(help="Episodes; quote nothing below 1,000.")] = 1000
     norm: Annotated[Literal["batch", "support"] | None, arg(help="Norm statistics of the query pass.")] = None
-    protocol: Annotated[Literal["disjoint", "released"], arg(help="May support images be queries (released)?")] = (
+    protocol: Annotated[Literal["disjoint", "released"], arg(help="released: support images may be queries.")] = (
         "disjoint"
     )
     split: Annotated[Literal["random", "alphabet"] | None, arg(help="Omniglot only: how characters are split.")] = None
@@ -116,9 +115,8 @@ def evaluate(options: Evaluate) -> None:
     parameters, config = load(options.checkpoint)
     split = options.split or config.split
     if split != config.split:
-        print(
-            f"note: trained on split {config.split!r}, so some of these classes were seen in training", file=sys.stderr
-        )
+        note = f"note: trained on split {config.split!r}, so some of these classes were seen in training"
+        print(note, file=sys.stderr)
     images = open_images(replace(config, split=split), options.data_dir)
     if options.part not in images:
         raise InputError(f"this data has no part {options.part!r}; choose one of {', '.join(images)}")
@@ -127,19 +125,10 @@ def evaluate(options: Evaluate) -> None:
         raise InputError(f"way is {way}; this generator serves 2 .. {config.way} classes")
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}; it must be at least 0")
-    task = config.task | {"way": way, "queries": options.queries, "protocol": options.protocol}
-    for name in ("shot", "unlabelled"):
-        if getattr(options, name) is not None:
-            task[name] = getattr(options, name)
-    figures = measure(
-        parameters,
-        config,
-        images[options.part],
-        episodes=options.episodes,
-        norm=options.norm or config.norm,
-        seed=options.seed,
-        task=task,
-    )
+    given = {name: getattr(options, name) for name in ("shot", "unlabelled", "queries", "protocol")}
+    task = config.task | {"way": way} | {name: value for name, value in given.items() if value is not None}
+    norm = options.norm or config.norm
+    figures = measure(parameters, config, images[options.part], task, options.episodes, norm, options.seed)
     figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
     print(json.dumps(figures) if options.json else describe(figures))
 
@@ -167,9 +156,8 @@ def open_images(config: Config, data_dir: Path | None) -> Any:
     """The data set that a config asks for."""
     from mini_ht.datasets import open_dataset
 
-    return open_dataset(
-        config.dataset, data_dir, size=config.image_size, channels=config.image_channels, split=config.split
-    )
+    size, channels = config.image_size, config.image_channels
+    return open_dataset(config.dataset, data_dir, size=size, channels=channels, split=config.split)
 
 
 def train_defaults(arguments: Sequence[str]) -> Train:
@@ -194,13 +182,8 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     return Train(preset=name, config=config)
 
 
-def parse(kind: Callable[..., Command], name: str, arguments: Sequence[str], default: Any = MISSING_NONPROP) -> Command:
-    """Options of one command; on --help or a mistake tyro prints it and exits with 0 or 2."""
-    return tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default)
-
-
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run one command."""
+    """Run one command; on --help or a mistake in its options tyro prints it and exits with 0 or 2."""
     commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
         "train": (Train, train), "evaluate": (Evaluate, evaluate),
         "bench": (Bench, bench), "presets": (Presets, list_presets),
@@ -208,7 +191,8 @@ def run(name: str, arguments: Sequence[str]) -> None:
     if name not in commands:
         raise InputError(f"there is no command {name!r}; choose {', '.join(commands)}")
     kind, action = commands[name]
-    action(parse(kind, name, arguments, train_defaults(arguments) if kind is Train else MISSING_NONPROP))
+    default = train_defaults(arguments) if kind is Train else MISSING_NONPROP
+    action(tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from mini_ht.arrays import Array, namespace
+from mini_ht.arrays import Array, as_floats, namespace
 from mini_ht.checks import check_query
 from mini_ht.errors import InputError
 from mini_ht.kernels import conv_block
@@ -79,5 +79,5 @@ class GeneratedCNN:
 
 def linear(x: Array, weight: Array) -> Array:
     """The logits layer on flattened activations: x [E, N, h, w, C], weight [E, way, F + 1] -> [E, N, way]."""
-    flat = x.reshape(*x.shape[:2], -1)  # [E, N, F]
+    flat = as_floats(x.reshape(*x.shape[:2], -1), weight)  # [E, N, F]
     return flat @ weight[..., :-1].mT + weight[:, None, :, -1]

@@ -61,12 +61,13 @@ class Config:
     # The training
     minutes: float = 40.0  # Training time; ignored when `episodes` is set
     episodes: int = 0  # Training episodes; 0 trains by time. By episodes, a run can be repeated exactly
-    episodes_per_step: int = 8  # Episodes whose mean loss makes one step
-    learning_rate: float = 1e-3  # Peak learning rate of AdamW
+    episodes_per_step: int = 16  # Episodes whose mean loss makes one step
+    learning_rate: float = 2e-3  # Peak learning rate of AdamW
     weight_decay: float = 0.01  # Decoupled weight decay of every matrix; vectors are left alone
     warmup: float = 0.02  # Fraction of the training in which the learning rate rises; a cosine then takes it to zero
     clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
     label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # Images and activations of the convs; auto: by device
     ema: float = 0.998  # Decay a step of the average of the parameters, which is evaluated and saved; 0 for none
     seed: int = 0  # Seed of initialisation and episodes
 

@@ -56,9 +56,8 @@ def sample(
         InputError: too few classes or images.
     """
     if min(way, shot, queries) < 1 or unlabelled < 0:
-        raise InputError(
-            f"way {way}, shot {shot}, queries {queries}, unlabelled {unlabelled} came; wanted at least 1, 1, 1 and 0"
-        )
+        came = f"way {way}, shot {shot}, queries {queries}, unlabelled {unlabelled} came"
+        raise InputError(f"{came}; wanted at least 1, 1, 1 and 0")
     support_count = unlabelled + shot
     apart = protocol == "disjoint"
     need = support_count + queries if apart else max(support_count, queries)
@@ -88,18 +87,14 @@ def sample(
     support_labels = np.broadcast_to(np.arange(way)[:, None], support_rows.shape).copy()  # [E, way, support_count]
     support_labels[..., :unlabelled] = -1
     query_labels = np.broadcast_to(np.arange(way)[:, None], query_rows.shape)  # [E, way, queries]
-
-    def flat(x: Integers) -> Integers:
-        return x.reshape(len(x), -1)  # [E, way, k] -> [E, way * k]
-
     return Episodes(
         support=pixels(images, support_rows, turns),
-        labels=flat(support_labels),
+        labels=support_labels.reshape(len(classes), -1),  # [E, way, k] -> [E, way * k], like the others
         query=pixels(images, query_rows, turns),
-        query_labels=flat(query_labels),
+        query_labels=query_labels.reshape(len(classes), -1),
         classes=classes,
-        support_rows=flat(support_rows),
-        query_rows=flat(query_rows),
+        support_rows=support_rows.reshape(len(classes), -1),
+        query_rows=query_rows.reshape(len(classes), -1),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mini_ht.arrays import Array, namespace, relu
+from mini_ht.arrays import Array, as_floats, namespace, relu
 from mini_ht.config import Config
 from mini_ht.kernels import conv2d
 from mini_ht.plan import Layer
@@ -30,7 +30,7 @@ def shared_features(parameters: Mapping[str, Array], config: Config, support: Ar
     for number, stride in enumerate(SHARED_STRIDES):
         name = f"shared.conv{number}"
         x = relu(conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], stride, padding=1))
-    return x.mean((1, 2)).reshape(episodes, images, -1)
+    return as_floats(x.mean((1, 2)), parameters["shared.conv0.weight"]).reshape(episodes, images, -1)
 
 
 def local_features(parameters: Mapping[str, Array], layer: Layer, activations: Array) -> Array:
@@ -47,4 +47,4 @@ def local_features(parameters: Mapping[str, Array], layer: Layer, activations: A
             x = relu(x)
         x = conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], conv.stride)
         means.append(x.mean((1, 2)))  # [E * n, width]
-    return namespace(x).concat(means, axis=-1).reshape(episodes, images, -1)
+    return as_floats(namespace(x).concat(means, axis=-1), parameters["logits.xi"]).reshape(episodes, images, -1)

@@ -27,13 +27,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], fi
     episodes = [row["episodes"] for row in rows]
     axes.plot(episodes, [100 * row["train_accuracy"] for row in rows], color="#8c959f", label="training classes")
     seen = [row for row in rows if row["validation_accuracy"] is not None]
-    axes.plot(
-        [row["episodes"] for row in seen],
-        [100 * row["validation_accuracy"] for row in seen],
-        color="#0969da",
-        linewidth=2,
-        label="validation classes, never trained on",
-    )
+    x, y = [row["episodes"] for row in seen], [100 * row["validation_accuracy"] for row in seen]
+    axes.plot(x, y, color="#0969da", linewidth=2, label="validation classes, never trained on")
     for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
         axes.axhline(100 * value, color="#57606a", linestyle=style, linewidth=1, label=f"{name} {100 * value:.1f} %")
     axes.set(xlabel="training episodes", ylabel="query accuracy (%)", ylim=(0, 100))
@@ -58,9 +53,8 @@ def draw_episode(parameters: Mapping[str, NDArray[np.floating]], config: Config,
     kernel_rows = -(-kernels.shape[-1] // columns)
 
     figure, _ = new_figure(1.0 * (shots + queries + columns) + 2, max(way, kernel_rows) + 1.0, axes=False)
-    grid = figure.add_gridspec(
-        1, 3, width_ratios=[shots, columns, queries], wspace=0.25, left=0.06, right=0.98, top=0.86, bottom=0.03
-    )
+    place = {"wspace": 0.25, "left": 0.06, "right": 0.98, "top": 0.86, "bottom": 0.03}
+    grid = figure.add_gridspec(1, 3, width_ratios=[shots, columns, queries], **place)
     parts = [grid[i].subgridspec(rows, n) for i, (rows, n) in enumerate([(way, shots), (way, columns), (way, queries)])]
     for row in range(way):
         for column in range(shots):
@@ -69,9 +63,9 @@ def draw_episode(parameters: Mapping[str, NDArray[np.floating]], config: Config,
             if column == 0:
                 axes.set_ylabel(f"class {row}", rotation=0, ha="right", va="center")
         right = episode.query_labels[0] == row
-        for column, (image, guess) in enumerate(
-            zip(episode.query[0][right][:queries], guesses[right][:queries], strict=True)
-        ):
+        for column, (image, guess) in enumerate(zip(episode.query[0][right], guesses[right], strict=True)):
+            if column == queries:
+                break
             axes = figure.add_subplot(parts[2][row, column])
             show(axes, image)
             colour = RIGHT if guess == row else WRONG

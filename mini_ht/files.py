@@ -27,6 +27,5 @@ def write_atomically(file: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise InputError(
-            f"cannot write {file}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        why = error.strerror or error
+        raise InputError(f"cannot write {file}: {why}; free some space or choose another folder") from error

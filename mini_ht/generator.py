@@ -29,7 +29,7 @@ def generate(
         parameters: from `draw_parameters` or `load` (NumPy), or `to_torch` of those.
         config: the Config that the parameters were drawn for.
         support: [n, H, W, C] images of one task, or [E, n, H, W, C] of E tasks; values in [0, 1], ink is 1; the
-            parameters' dtype. Any n, any number of images a class.
+            parameters' dtype, or on torch bfloat16, which the convs then keep. Any n, any number of images a class.
         labels: [n] or [E, n] integers in -1 .. way-1; -1 means unlabelled.
         mask: [n] or [E, n] booleans, False for padding; None for no padding.
         impl: who computes the conv blocks, see `mini_ht.kernels`.

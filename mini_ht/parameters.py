@@ -25,9 +25,11 @@ from mini_ht.plan import KERNEL, Layer, plan
 FORMAT = "mini_ht 1"
 CHECKPOINT = "model.safetensors"
 
-# What a residual branch adds starts small, so that the stack begins near the identity. Measured on 20-way 1-shot
-# Omniglot, 8 channels, after 7,000 episodes: 62 % with 0.3, 43 % with 1 (accuracy on training classes).
+# What a feed-forward part adds starts small, so that a token begins as what attention gathered.
 RESIDUAL_GAIN = 0.3
+
+# Convs that see pixels start larger: ink covers little of a drawing, whose mean square is about 1 / 16.
+PIXEL_GAIN = 4.0
 
 # name -> (shape, start)
 Table = dict[str, tuple[tuple[int, ...], float | str]]
@@ -43,8 +45,8 @@ def parameter_table(config: Config) -> Table:
         if bias:
             table[f"{name}_bias"] = ((outputs,), "zeros")
 
-    def conv(name: str, kernel: int, inputs: int, outputs: int) -> None:
-        table[f"{name}.weight"] = ((kernel, kernel, inputs, outputs), math.sqrt(2 / (kernel * kernel * inputs)))
+    def conv(name: str, kernel: int, inputs: int, outputs: int, gain: float = 1.0) -> None:
+        table[f"{name}.weight"] = ((kernel, kernel, inputs, outputs), gain * math.sqrt(2 / (kernel**2 * inputs)))
         table[f"{name}.bias"] = ((outputs,), "zeros")
 
     def norm(name: str, width: int) -> None:
@@ -63,7 +65,7 @@ def parameter_table(config: Config) -> Table:
             dense(f"{layer}.query", width, keys)
             dense(f"{layer}.key", width, keys, bias=False)
             dense(f"{layer}.value", width, values)
-            dense(f"{layer}.output", values, width, gain=RESIDUAL_GAIN)
+            dense(f"{layer}.output", values, width)
             if inner:
                 norm(f"{layer}.inner_norm", width)
                 dense(f"{layer}.inner", width, inner)
@@ -75,7 +77,8 @@ def parameter_table(config: Config) -> Table:
         table[f"{layer.name}.xi"] = ((config.way + 1, config.encoding), 1.0)
         table[f"{layer.name}.mu"] = ((layer.placeholders, config.encoding), 1.0)
         for number, local in enumerate(layer.local):
-            conv(f"{layer.name}.local{number}", local.kernel, local.inputs, local.outputs)
+            gain = PIXEL_GAIN if layer.name == "conv1" and number == 0 else 1.0
+            conv(f"{layer.name}.local{number}", local.kernel, local.inputs, local.outputs, gain)
         transformer(f"{layer.name}.generator", layer.token_width)
         if config.readout == "linear":
             shape = (layer.token_width, layer.slice_length)
@@ -84,7 +87,7 @@ def parameter_table(config: Config) -> Table:
 
     inputs = config.image_channels
     for number, width in enumerate(shared_widths(config)):
-        conv(f"shared.conv{number}", KERNEL, inputs, width)
+        conv(f"shared.conv{number}", KERNEL, inputs, width, PIXEL_GAIN if number == 0 else 1.0)
         inputs = width
     for layer in plan(config):
         if layer.generated:
@@ -109,13 +112,38 @@ def generator_size(config: Config) -> int:
 def draw_parameters(config: Config, seed: int = 0, dtype: Any = np.float32) -> dict[str, NDArray[np.floating]]:
     """Fresh parameters, bit for bit the same for the same config and seed."""
     rng = np.random.default_rng(seed)
-    parameters = {}
+    parameters: dict[str, NDArray[np.floating]] = {}
     for name, (shape, start) in parameter_table(config).items():
         if isinstance(start, str):
-            parameters[name] = (np.ones if start == "ones" else np.zeros)(shape, dtype)
+            parameters[name] = (np.ones if start == "ones" else np.zeros)(shape)
         else:
-            parameters[name] = (rng.standard_normal(shape) * start).astype(dtype)
-    return parameters
+            parameters[name] = rng.standard_normal(shape) * start
+    start_as_prototypes(parameters, config)
+    return {name: x.astype(dtype) for name, x in parameters.items()}
+
+
+def start_as_prototypes(parameters: dict[str, NDArray[np.floating]], config: Config) -> None:
+    """Turn fresh parameters, in place, towards logits weights that are class means (paper, section 3.2).
+
+    Keys start as queries, so that like tokens find each other, and what a head reads from some coordinates of a token
+    it adds to the same ones. Placeholder i of the logits layer starts as class i's encoding. Where that layer sees a
+    1 x 1 map, its first local features are the activations themselves, and a linear read-out makes them the weights;
+    slices read from the token lie there anyway. docs/results.md has what this gains.
+    """
+    for name in parameters:
+        if name.endswith(".key"):
+            parameters[name] = parameters[name.removesuffix("key") + "query"].copy()
+        elif name.endswith(".output"):
+            parameters[name] = parameters[name.removesuffix("output") + "value"].T.copy()
+    parameters["logits.mu"] = parameters["logits.xi"][: config.way].copy()
+    layer = plan(config)[-1]
+    if not (layer.local and layer.size == 1):
+        return
+    same = np.eye(layer.inputs, config.local_features)  # [F, local features]
+    parameters["logits.local0.weight"][0, 0] = same
+    if config.readout == "linear":
+        rows = slice(config.encoding, config.encoding + config.local_features)
+        parameters["logits.readout.weight"][rows, : layer.inputs] += same.T
 
 
 def to_torch(parameters: Mapping[str, NDArray[np.floating]], device: Any = None) -> dict[str, Array]:

@@ -1,5 +1,6 @@
 """The plan: from a Config, the sizes of every layer of the CNN and of the transformer that writes it."""
 
+import functools
 from dataclasses import dataclass
 
 from mini_ht.config import Config
@@ -32,6 +33,7 @@ class Layer:
     token_width: int  # D
 
 
+@functools.cache
 def plan(config: Config) -> tuple[Layer, ...]:
     """All layers in the order in which they are generated, the logits layer last."""
     layers: list[Layer] = []

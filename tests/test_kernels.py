@@ -253,6 +253,29 @@ def test_float32_in_float32_out(library, seed, inputs, masked, given_statistics)
     assert library.back(conv2d(x[0], weight[0], bias)).dtype == np.float32
 
 
+@given(seed=seeds, inputs=channels, masked=st.booleans(), given_statistics=st.booleans())
+def test_bfloat16_activations(seed, inputs, masked, given_statistics):
+    """On torch, images in bfloat16 come out in bfloat16, near float32's values; everything else stays in float32."""
+    arguments, options = draw_block(seed, inputs=inputs, masked=masked, given_statistics=given_statistics)
+    options = {name: single(option) for name, option in options.items()}
+    x, *others = (single(a) for a in arguments)
+    x = x.bfloat16()
+    others[0] = others[0].bfloat16().float().requires_grad_()
+    y, statistics = conv_block(x, *others, **options)
+    wanted, _ = conv_block(x.float(), *others, **options)
+    assert y.dtype == torch.bfloat16 and all(part.dtype == torch.float32 for part in statistics)
+    assert_close(y, wanted, "bfloat16")
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), others[0])
+    assert gradient.dtype == torch.float32 and gradient.isfinite().all()
+
+
+def single(x):
+    """Arrays of float64 as torch tensors of float32; None, booleans and tuples of arrays, too."""
+    if isinstance(x, tuple):
+        return tuple(single(part) for part in x)
+    return x if x is None else torch.from_numpy(x.astype(np.float32) if x.dtype == np.float64 else x)
+
+
 def test_who_computes():
     """`auto` takes the array's own library; another or an unknown name is an InputError."""
     array, tensor = np.zeros(1), torch.zeros(1)

@@ -26,12 +26,13 @@ from mini_ht.training.checkpoint import STATE, VECTORS, load_run, save_run
 from mini_ht.training.flat import Layout
 from mini_ht.training.loop import METRICS, Trainer, fresh_state, train, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
-from mini_ht.training.workers import Workers
+from mini_ht.training.workers import Workers, gradient, storage_dtype
 
 CPU = torch.device("cpu")
 CONFIG = Config(
     **{"way": 2, "queries": 2, "channels": 2, "blocks": 2, "image_size": 8, "encoding": 8, "layers": 1, "seed": 3},
     **{"shared_features": 4, "local_features": 2, "episodes": 48, "episodes_per_step": 4, "learning_rate": 3e-3},
+    precision="float32",
 )
 
 
@@ -97,7 +98,7 @@ def test_progress_and_average():
 @settings(max_examples=15)
 @given(config=configs(), seed=seeds)
 def test_layout_round_trip(config, seed):
-    """Parameters -> vector -> parameters is exact, matrices come first, and views share memory and pass gradients."""
+    """Parameters -> vector -> parameters is exact, matrices come first; views and leaves share the vector's memory."""
     layout, parameters = Layout(config), draw_parameters(config, seed)
     vector = layout.join(parameters)
     views = layout.views(vector)
@@ -107,14 +108,35 @@ def test_layout_round_trip(config, seed):
         assert ((views[name].data_ptr() - vector.data_ptr()) // 4 < layout.matrices) == (x.ndim > 1), name
     vector.zero_()
     assert not any(view.any() for view in views.values())
-    leaf = vector.clone().requires_grad_()
-    (got,) = torch.autograd.grad(sum(view.sum() for view in layout.views(leaf).values()), leaf)
-    assert (got == 1).all()
+    leaves = layout.leaves(vector)
+    vector += 1
+    total = sum(number * leaf.sum() for number, leaf in enumerate(leaves.values()))
+    parts = torch.autograd.grad(total, list(leaves.values()))
+    for number, (name, part) in enumerate(zip(leaves, parts, strict=True)):
+        assert (part == number).all() and (leaves[name] == 1).all() and leaves[name].shape == views[name].shape
+
+
+def test_storage_dtype():
+    """`precision` names what images and activations are kept in; "auto" is bfloat16 only where that is fast."""
+    wanted = {"float32": [torch.float32], "bfloat16": [torch.bfloat16], "auto": [torch.float32, torch.bfloat16]}
+    for precision, dtypes in wanted.items():
+        assert storage_dtype(dataclasses.replace(CONFIG, precision=precision), CPU) in dtypes
+
+
+def test_gradients_in_bfloat16():
+    """Images in bfloat16 change the gradient a little, and not its dtype."""
+    first, second = (
+        gradient(config, Layout(config).leaves(fresh_state(config, CPU).vector), IMAGES["train"], 0)
+        for config in (dataclasses.replace(CONFIG, precision=name) for name in ("float32", "bfloat16"))
+    )
+    assert second[0].dtype == torch.float32 and not torch.equal(first[0], second[0])
+    assert torch.cosine_similarity(first[0], second[0], dim=0) > 0.97
+    assert_close(second[1], first[1], "bfloat16")
 
 
 def test_the_loss_falls(tmp_path):
     """An easy 2-way task is learned in some dozens of steps: the loss falls well below that of guessing."""
-    config = dataclasses.replace(CONFIG, episodes=480, learning_rate=1e-2)
+    config = dataclasses.replace(CONFIG, channels=4, episodes=480, learning_rate=5e-3)
     state = run(config, tmp_path)
     rows = read_metrics(tmp_path / METRICS)
     assert state.step == 120 and rows[-1]["episodes"] == 480

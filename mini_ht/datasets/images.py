@@ -48,9 +48,7 @@ def read_image(source: str | Path | IO[bytes], size: int, channels: int) -> np.n
     Raises InputError, which names the file, if it is missing, damaged, not an image or too large to be harmless.
     """
     if channels not in (1, 3) or size < 1:
-        raise InputError(
-            f"got image size {size} and {channels} channels; give a size of at least 1 and 1 or 3 channels"
-        )
+        raise InputError(f"got image size {size} and {channels} channels; give a size >= 1 and 1 or 3 channels")
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "image")
     try:
         with warnings.catch_warnings():

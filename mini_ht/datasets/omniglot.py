@@ -56,19 +56,16 @@ def download(data_dir: str | Path) -> None:
     for target in (Path(data_dir, name) for name in ARCHIVES if not Path(data_dir, name).exists()):
         try:
             with urllib.request.urlopen(HOME + target.name, timeout=30) as response:
-                size, pieces = (
-                    int(response.headers.get("Content-Length") or 0),
-                    iter(partial(response.read, 1 << 20), b""),
-                )
+                size = int(response.headers.get("Content-Length") or 0)
+                pieces = iter(partial(response.read, 1 << 20), b"")
                 content = b"".join(progress(pieces, -(-size >> 20), f"downloading {target.name}", unit="MiB"))
             digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if digest != ARCHIVES[target.name][1]:
                 raise OSError(f"the MD5 of what came is {digest}, not {ARCHIVES[target.name][1]}")
         except (OSError, HTTPException) as error:
             by_hand = f"fetch it with a browser, put it into {target.parent} and name that as the data directory"
-            raise InputError(
-                f"{HOME}{target.name} could not be downloaded ({error}); try again, or {by_hand}"
-            ) from error
+            what = f"{HOME}{target.name} could not be downloaded ({error})"
+            raise InputError(f"{what}; try again, or {by_hand}") from error
         write_atomically(target, content)
 
 

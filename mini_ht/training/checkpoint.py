@@ -39,11 +39,8 @@ class State:
 def save_run(run_dir: Path, config: Config, state: State) -> None:
     """Write the training state, then the model; each file is replaced in one step."""
     layout = Layout(config)
-    tensors = {
-        f"{name}/{key}": array
-        for name in VECTORS
-        for key, array in to_numpy(layout.views(getattr(state, name))).items()
-    }
+    views = {name: to_numpy(layout.views(getattr(state, name))) for name in VECTORS}
+    tensors = {f"{name}/{key}": array for name, arrays in views.items() for key, array in arrays.items()}
     write_tensors(run_dir / STATE, tensors, config, {name: repr(getattr(state, name)) for name in FIGURES})
     save(run_dir / CHECKPOINT, to_numpy(layout.views(state.evaluated(config))), config)
 
@@ -58,9 +55,8 @@ def load_run(run_dir: Path, config: Config, device: torch.device) -> State:
     if same != config:
         ours, theirs = dataclasses.asdict(config), dataclasses.asdict(saved)
         differs = ", ".join(f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours if ours[name] != theirs[name])
-        raise InputError(
-            f"the run in {run_dir} has another config ({differs}); resume with its own, or use another folder"
-        )
+        came = f"the run in {run_dir} has another config ({differs})"
+        raise InputError(f"{came}; resume with its own, or use another folder")
     layout = Layout(config)
     vectors: dict[str, Any] = {
         name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device) for name in VECTORS

@@ -25,6 +25,10 @@ class Layout:
         """Parameters -> vector [size], a copy."""
         return torch.cat([torch.from_numpy(parameters[name]).reshape(-1) for name in self.shapes])
 
+    def leaves(self, vector: Tensor) -> dict[str, Tensor]:
+        """Vector [size] -> parameters that share its memory and record gradients, each its own."""
+        return {name: view.detach().requires_grad_() for name, view in self.views(vector).items()}
+
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Vector [size] -> parameters that share its memory and pass gradients to it."""
         parts = vector.split(self.sizes)

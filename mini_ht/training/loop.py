@@ -58,14 +58,9 @@ class Trainer:
         vector = self.state.vector
         # Two leaves that share the vector's memory: decay shrinks matrices, not biases and gains.
         self.leaves = [vector[:matrices], vector[matrices:]]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [self.leaves[0]], "weight_decay": config.weight_decay},
-                {"params": [self.leaves[1]], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        decays = zip(self.leaves, (config.weight_decay, 0.0), strict=True)
+        groups = [{"params": [leaf], "weight_decay": decay} for leaf, decay in decays]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         for leaf, part in zip(self.leaves, (slice(0, matrices), slice(matrices, None)), strict=True):
             self.optimiser.state[leaf] = {
                 "step": torch.tensor(float(self.state.step), device=self.device),
@@ -86,10 +81,9 @@ class Trainer:
         loss, accuracy = figures.tolist()
         norm = float(gradient.norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}; the last good "
-                "checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
-            )
+            came = f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}"
+            advice = "the last good checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
+            raise InputError(f"{came}; {advice}")
         if self.config.clip and norm > self.config.clip:
             gradient *= self.config.clip / norm
         for group in self.optimiser.param_groups:
@@ -167,12 +161,10 @@ def train(
     from torch.utils.tensorboard import SummaryWriter
 
     check_data(config, images)
-    state = None
     if not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
-    if resume:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        state = load_run(run_dir, config, device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = load_run(run_dir, config, device) if resume else None
     trainer = Trainer(config, images["train"], workers, state)
     state = trainer.state
     try:

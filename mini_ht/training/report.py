@@ -30,11 +30,10 @@ def measure(
     parameters: Mapping[str, NDArray[np.floating]],
     config: Config,
     images: ImageSet,
-    *,
+    task: Mapping[str, Any],
     episodes: int,
     norm: str,
-    seed: int,
-    task: Mapping[str, Any],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""
     start = time.perf_counter()
@@ -65,7 +64,7 @@ def report(config: Config, images: ImageSet, run_dir: Path, state: State) -> str
     """Measure the run's model on `images`, write summary.json, curve.png and episode.png; returns the text to print."""
     parameters, _ = load(run_dir)
     task = config.task | {"queries": affordable_queries(images, config, QUERIES)}
-    figures = measure(parameters, config, images, episodes=EPISODES, norm=config.norm, seed=0, task=task)
+    figures = measure(parameters, config, images, task, EPISODES, config.norm)
     episodes = state.step * config.episodes_per_step
     summary = {
         **{name: figures[name] for name in ("accuracy", "interval", "chance", "pixel_nearest_mean")},

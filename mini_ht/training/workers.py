@@ -5,7 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,33 +38,42 @@ def training_episodes(config: Config, images: ImageSet, step: int, part: slice =
     return dataclasses.replace(batch, support=shifted(batch.support, support), query=shifted(batch.query, query))
 
 
+def storage_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What images and activations are kept in: by `precision`, or with "auto" by what the device multiplies fastest."""
+    if config.precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
 def gradient(
     config: Config,
-    layout: Layout,
+    parameters: Mapping[str, Tensor],
     images: ImageSet,
-    vector: Tensor,
     step: int,
     part: slice = slice(None),
     clock: Clock = lambda name: None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient [size] of the step's mean loss through the episodes of `part`, and their share of (loss, accuracy) [2].
 
-    clock(name) is called as each part of the work ends.
+    parameters are the leaves of a Layout, in whose order the gradient comes; clock(name) is called as each part of the
+    work ends.
     """
+    device = parameters["logits.xi"].device
     batch = training_episodes(config, images, step, part)
     support, labels, query, targets = (
-        torch.from_numpy(array).to(vector.device)
-        for array in (batch.support, batch.labels, batch.query, batch.query_labels)
+        torch.from_numpy(array).to(device) for array in (batch.support, batch.labels, batch.query, batch.query_labels)
     )
     clock("sample")
     share = len(batch.support) / config.episodes_per_step
-    vector = vector.detach().requires_grad_()
-    cnn = generate(layout.views(vector), config, support, labels, check=False)
+    dtype = storage_dtype(config, device)
+    cnn = generate(parameters, config, support.to(dtype), labels, check=False)
     clock("generate")
-    logits = cnn(query).flatten(0, 1)  # [E * m, way]
+    logits = cnn(query.to(dtype)).flatten(0, 1)  # [E * m, way]
     loss = F.cross_entropy(logits, targets.flatten(), label_smoothing=config.label_smoothing) * share
     clock("classify")
-    (result,) = torch.autograd.grad(loss, vector)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    result = torch.cat([part.flatten() for part in gradients])  # [size]
     clock("backward")
     accuracy = (logits.detach().argmax(-1) == targets.flatten()).to(loss.dtype).mean() * share
     return result, torch.stack([loss.detach(), accuracy])
@@ -75,7 +84,7 @@ class Workers:
 
     def __init__(self, config: Config, images: ImageSet, vector: Tensor, count: int) -> None:
         """vector [size] holds the parameters; with several processes it must lie in shared memory."""
-        self.config, self.layout, self.images, self.vector = config, Layout(config), images, vector
+        self.config, self.images, self.parameters = config, images, Layout(config).leaves(vector)
         bounds = [config.episodes_per_step * i // count for i in range(count + 1)]
         self.own = slice(0, bounds[1])
         self.connections: list[Connection] = []
@@ -99,7 +108,7 @@ class Workers:
         try:
             for connection in self.connections:
                 connection.send(step)
-            total, figures = gradient(self.config, self.layout, self.images, self.vector, step, self.own, clock)
+            total, figures = gradient(self.config, self.parameters, self.images, step, self.own, clock)
             answers: list[Any] = [connection.recv() for connection in self.connections]
         except (EOFError, ConnectionError) as error:
             raise InputError("a worker process ended by itself (out of memory?); try --workers 1") from error
@@ -125,14 +134,14 @@ def serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
     torch.set_num_threads(1)
     keep_freed_memory()
-    layout = Layout(config)
+    parameters = Layout(config).leaves(vector)
     while True:
         try:
             step = connection.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            mine, figures = gradient(config, layout, images, vector, step, part)
+            mine, figures = gradient(config, parameters, images, step, part)
             result.copy_(mine)
             connection.send(figures.tolist())
         except Exception as error:
