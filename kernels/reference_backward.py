@@ -95,7 +95,7 @@ def block_backward(
     g: Floats,
     g_statistics: Statistics | None = None,
 ) -> BlockGradients:
-    """Gradients of a loss with dL/dz = g [E, N, h, w, Cout] and, for mean and variance, g_statistics, each [E, Cout]."""
+    """Gradients of a loss with dL/dz = g [E, N, h, w, Cout] and, for (mean, variance), g_statistics [E, Cout]."""
     best, place = winners(x, weight, bias)
     active = np.where(best > 0, best, slope * best)  # [E, N, h, w, Cout]
     mean, variance = statistics or (active.mean((1, 2, 3)), active.var((1, 2, 3)))

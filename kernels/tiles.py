@@ -1,0 +1,80 @@
+"""Which form, tile and number of warps a kernel gets: one table, by channels and bytes of a value.
+
+Chosen so that every entry compiles without spilling registers (`python -m mini_ht.kernels.compile_report`).
+"""
+
+from dataclasses import dataclass, replace
+
+LARGEST = 64  # channels
+# Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
+PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
+# Autotuning (mini_ht.kernels.benchmark --tune) puts what it finds here: (job, inputs, outputs, dtype) -> Tile.
+FOUND: dict[tuple[str, int, int, str], "Tile"] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work; `inputs` and `outputs` are channels padded to powers of two."""
+
+    form: str  # "window": one product for the four places of a pooling window; "taps": one for each tap
+    inputs: int
+    outputs: int
+    windows: int  # BM, pooling windows of a tile
+    pixels: int  # of the 4 x 4 that a window sees, how many make one product
+    warps: int
+    stages: int = 1
+
+
+def padded(channels: int, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (channels - 1).bit_length())
+
+
+def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str) -> Tile:
+    """The tile of a job, "forward", "input" or "weight", for float16, bfloat16 or float32 values."""
+    found = FOUND.get((job, inputs, outputs, dtype))
+    if found:
+        return found
+    tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
+    if dtype == "float32":
+        # Twice the bytes, half the windows. Without tensor cores every operand passes through registers.
+        tile = replace(tile, windows=tile.windows // 2)
+    if dtype == "float32" and precision == "ieee":
+        tile = replace(tile, windows=16, warps=4 if tile.inputs * tile.outputs <= 256 else 8)
+    return tile
+
+
+def forward_tile(inputs: int, outputs: int) -> Tile:
+    """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; 16 or fewer rows of them fit at once."""
+    if inputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 128 if cin * cout <= 2048 else 64, 1, 8 if cin * cout >= 1024 else 4)
+    cin, cout = padded(inputs, 1), padded(outputs, 4)
+    windows = 128 if cout <= 16 else 64
+    return Tile("window", cin, cout, windows, 16 if cin <= 4 else 4, 4 if cin * cout <= 64 and cout <= 16 else 8)
+
+
+def input_tile(inputs: int, outputs: int) -> Tile:
+    """The conv of the gradient: outputs and inputs change places."""
+    if outputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 64, 1, 8 if cin * cout >= 1024 else 4)
+    cin, cout = padded(inputs, 4), padded(outputs, 4)
+    return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
+
+
+def weight_tile(inputs: int, outputs: int) -> Tile:
+    """The accumulators are the weight's gradient itself, in registers throughout."""
+    if inputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 64, 1, 8 if cin * cout >= 1024 else 4)
+    cin, cout = padded(inputs, 1), padded(outputs, 4)
+    pixels = 16 if 64 * cin * cout <= 16384 else 4
+    return Tile("window", cin, cout, 64, pixels, 4 if cin * cout <= 64 else 8)
+
+
+def share_out(total: int, windows: int, episodes: int, programs: int) -> tuple[int, int]:
+    """(programs of an episode, tiles of each) for `total` windows, about `programs` in all, every one with work."""
+    tiles = -(-total // windows)
+    each = max(1, -(-tiles * episodes // programs))
+    return -(-tiles // each), each
