@@ -40,7 +40,8 @@ def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str) -> T
         # Twice the bytes, half the windows. Without tensor cores every operand passes through registers.
         tile = replace(tile, windows=tile.windows // 2)
     if dtype == "float32" and precision == "ieee":
-        tile = replace(tile, windows=16, warps=4 if tile.inputs * tile.outputs <= 256 else 8)
+        pixels = min(tile.pixels, max(1, 64 // tile.inputs)) if tile.form == "window" else 1
+        tile = replace(tile, windows=16, pixels=4 if 1 < pixels < 16 else pixels, warps=8)
     return tile
 
 
@@ -48,9 +49,9 @@ def forward_tile(inputs: int, outputs: int) -> Tile:
     """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; 16 or fewer rows of them fit at once."""
     if inputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 128 if cin * cout <= 2048 else 64, 1, 8 if cin * cout >= 1024 else 4)
+        return Tile("taps", cin, cout, 128, 1, 8)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
-    windows = 128 if cout <= 16 else 64
+    windows = 128 if cout <= 16 and cin != 4 else 64
     return Tile("window", cin, cout, windows, 16 if cin <= 4 else 4, 4 if cin * cout <= 64 and cout <= 16 else 8)
 
 
@@ -58,7 +59,7 @@ def input_tile(inputs: int, outputs: int) -> Tile:
     """The conv of the gradient: outputs and inputs change places."""
     if outputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 64, 1, 8 if cin * cout >= 1024 else 4)
+        return Tile("taps", cin, cout, 128, 1, 8)
     cin, cout = padded(inputs, 4), padded(outputs, 4)
     return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
 

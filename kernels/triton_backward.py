@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 
 from mini_ht.kernels.triton_parts import (
-    add_tap,
     multiply,
-    patch,
     pooled_offset,
+    tap_weight,
     tile_windows,
     window_weight,
     winner_gradient,
@@ -45,9 +44,9 @@ def output_sums(
             m = m.to(tl.int64)
         m += tile * BM
         known = (m < total)[:, None] & (c < C)[None, :]
-        offset = e * total * C + m[:, None] * C + c[None, :]
-        g = tl.load(g_ptr + offset, mask=known, other=0.0).to(tl.float32)
-        p = tl.load(p_ptr + offset, mask=known, other=0.0).to(tl.float32)
+        offset = m[:, None] * C + c[None, :]
+        g = tl.load(g_ptr + e * total * C + offset, mask=known, other=0.0).to(tl.float32)
+        p = tl.load(p_ptr + e * total * C + offset, mask=known, other=0.0).to(tl.float32)
         sum_g += tl.sum(g, axis=0)
         sum_gn += tl.sum(g * (p - mean[None, :]), axis=0) * r
     store_sums(sums_ptr, sum_g, sum_gn, C, CP)
@@ -106,8 +105,8 @@ def input_window(
             # Pixel rows 2i - 1 .. 2i + 2 lie in windows i - 1, i, i, i + 1, there in row 1, 0, 1, 0.
             wi, wj = i[:, None] - 1 + ((y + 1) // 2)[None, :], j[:, None] - 1 + ((x + 1) // 2)[None, :]
             known = exists[:, None] & (wi >= 0) & (wi < h) & (wj >= 0) & (wj < w) & (o < CO)[None, :]
-            offset = out + pooled_offset(image[:, None], wi, wj, h, w, CO) + o[None, :]
-            d, place = winner_gradient(g_ptr, p_ptr, code_ptr, offset, known, a, b, c, slope, OWN)
+            offset = pooled_offset(image[:, None], wi, wj, h, w, CO) + o[None, :]
+            d, place = winner_gradient(g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN)
             dy = tl.where(place == ((y + 1) % 2 * 2 + (x + 1) % 2)[None, :], d, 0.0).to(DT)
             weight = window_weight(w_ptr + e * 9 * CI * CO, first, CI, CO, CIP, COP, PIXELS, True, DT)
             acc = multiply(dy, weight, acc, PRECISION)
@@ -129,13 +128,12 @@ def input_taps(
     CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
     OWN: tl.constexpr, SUMS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """Many output channels: the 3 x 3 pooling windows around, each with its conv outputs inside the 4 x 4, tap by tap."""
+    """Many output channels: dx of each place of 2 x 2 input pixels from nine conv outputs, one product a tap."""
     e = tl.program_id(1).to(tl.int64)
     h, w = H // 2, W // 2
     out, inn = e * N * h * w * CO, e * N * H * W * CI
     rows, columns = (H + 1) // 2, (W + 1) // 2
     total = N * rows * columns
-    wb = w_ptr + e * 9 * CI * CO
     o, ci = tl.arange(0, COP), tl.arange(0, CIP)
     a = tl.load(abc_ptr + e * 3 * CO + o, mask=o < CO, other=0.0)[None, :]
     b = tl.load(abc_ptr + (e * 3 + 1) * CO + o, mask=o < CO, other=0.0)[None, :]
@@ -147,35 +145,23 @@ def input_taps(
     start = tl.program_id(0) * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = tile_windows(tile, total, rows, columns, BM, WIDE)
-        acc0, acc1 = tl.zeros((BM, CIP), tl.float32), tl.zeros((BM, CIP), tl.float32)
-        acc2, acc3 = tl.zeros((BM, CIP), tl.float32), tl.zeros((BM, CIP), tl.float32)
-        for window in tl.static_range(9):
-            wi, wj = i - 1 + window // 3, j - 1 + window % 3
-            known = (exists & (wi >= 0) & (wi < h) & (wj >= 0) & (wj < w))[:, None] & (o < CO)[None, :]
-            offset = out + pooled_offset(image, wi, wj, h, w, CO)[:, None] + o[None, :]
-            d, place = winner_gradient(g_ptr, p_ptr, code_ptr, offset, known, a, b, c, slope, OWN)
-            for k in tl.static_range(4):
-                y: tl.constexpr = window // 3 * 2 - 1 + k // 2
-                x: tl.constexpr = window % 3 * 2 - 1 + k % 2
-                if 0 <= y and y < 4 and 0 <= x and x < 4:
-                    dy = tl.where(place == k, d, 0.0).to(DT)
-                    acc0 = add_tap(acc0, dy, wb, y, x, CI, CO, CIP, COP, True, PRECISION, DT)
-                    acc1 = add_tap(acc1, dy, wb, y, x - 1, CI, CO, CIP, COP, True, PRECISION, DT)
-                    acc2 = add_tap(acc2, dy, wb, y - 1, x, CI, CO, CIP, COP, True, PRECISION, DT)
-                    acc3 = add_tap(acc3, dy, wb, y - 1, x - 1, CI, CO, CIP, COP, True, PRECISION, DT)
-        xb, db, mb = x_ptr + inn, dx_ptr + inn, mean_ptr + e * CI
-        low, right = 2 * i + 1 < H, 2 * j + 1 < W
-        sum_g, sum_gn = finish_input_tile(
-            acc0, image, 2 * i, 2 * j, exists, xb, db, mb, r, sum_g, sum_gn, H, W, CI, CIP, SUMS
-        )
-        sum_g, sum_gn = finish_input_tile(
-            acc1, image, 2 * i, 2 * j + 1, exists & right, xb, db, mb, r, sum_g, sum_gn, H, W, CI, CIP, SUMS
-        )
-        sum_g, sum_gn = finish_input_tile(
-            acc2, image, 2 * i + 1, 2 * j, exists & low, xb, db, mb, r, sum_g, sum_gn, H, W, CI, CIP, SUMS
-        )
-        sum_g, sum_gn = finish_input_tile(
-            acc3, image, 2 * i + 1, 2 * j + 1, exists & low & right, xb, db, mb, r, sum_g, sum_gn, H, W, CI, CIP, SUMS
-        )
+        for k in range(4):
+            acc = tl.zeros((BM, CIP), tl.float32)
+            for tap in range(9):
+                y, x = k // 2 + tap // 3, k % 2 + tap % 3  # of the 4 x 4 conv outputs around
+                wi, wj = i - 1 + (y + 1) // 2, j - 1 + (x + 1) // 2
+                known = (exists & (wi >= 0) & (wi < h) & (wj >= 0) & (wj < w))[:, None] & (o < CO)[None, :]
+                offset = pooled_offset(image, wi, wj, h, w, CO)[:, None] + o[None, :]
+                d, place = winner_gradient(
+                    g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN
+                )  # fmt: skip
+                dy = tl.where(place == (y + 1) % 2 * 2 + (x + 1) % 2, d, 0.0).to(DT)
+                weight = tap_weight(w_ptr + e * 9 * CI * CO, tap, CI, CO, CIP, COP, True, DT)
+                acc = multiply(dy, weight, acc, PRECISION)
+            y, x = 2 * i + k // 2, 2 * j + k % 2
+            sum_g, sum_gn = finish_input_tile(
+                acc, image, y, x, exists & (y < H) & (x < W), x_ptr + inn, dx_ptr + inn, mean_ptr + e * CI, r,
+                sum_g, sum_gn, H, W, CI, CIP, SUMS,
+            )  # fmt: skip
     if SUMS:
         store_sums(sums_ptr, sum_g, sum_gn, CI, CIP)

@@ -63,7 +63,7 @@ def conv_stack(
     weights: Sequence[Tensor],
     gammas: Sequence[Tensor],
     betas: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
+    biases: Sequence[Tensor | None] | None,
     statistics: Sequence[Statistics] | None,
     slope: float,
     eps: float,
@@ -83,12 +83,16 @@ def conv_stack(
         raise InputError(f"precision is {precision!r}; choose {', '.join(PRECISIONS)}")
     count = len(weights)
     given = [part for pair in zip(*statistics, strict=True) for part in pair] if statistics else []
+    added: list[Tensor] = []
+    if biases and any(bias is not None for bias in biases):
+        both = zip(biases, weights, strict=True)
+        added = [w.new_zeros(len(w), w.shape[-1]) if b is None else b.contiguous() for b, w in both]
     small = [[part.float().contiguous() for part in parts] for parts in (gammas, betas, given)]
     results = torch.ops.mini_ht.conv_stack(
         x.contiguous(),
         [weight.contiguous() for weight in weights],
         *small[:2],
-        [bias.contiguous() for bias in biases or ()],
+        added,
         small[2],
         slope,
         eps,

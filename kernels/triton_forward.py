@@ -7,7 +7,7 @@ A program takes `tiles` tiles of BM pooling windows of one episode and leaves th
 import triton
 import triton.language as tl
 
-from mini_ht.kernels.triton_parts import add_tap, multiply, patch, pooled_offset, tile_windows, window_weight
+from mini_ht.kernels.triton_parts import multiply, patch, pooled_offset, tap_weight, tile_windows, window_weight
 
 
 @triton.jit
@@ -92,30 +92,27 @@ def forward_taps(
     AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     DT: tl.constexpr,
 ):  # fmt: skip
-    """Many input channels: each of the 16 pixels is multiplied with the up to four taps that a window's places use."""
+    """Many input channels: for each place of a window the nine taps, one product each, and the maximum so far."""
     e = tl.program_id(1).to(tl.int64)
     h, w = H // 2, W // 2
     total = N * h * w
-    wb = w_ptr + e * 9 * CI * CO
     mean, m2 = tl.zeros((COP,), tl.float32), tl.zeros((COP,), tl.float32)
     start = tl.program_id(0) * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        acc0, acc1 = tl.zeros((BM, COP), tl.float32), tl.zeros((BM, COP), tl.float32)
-        acc2, acc3 = tl.zeros((BM, COP), tl.float32), tl.zeros((BM, COP), tl.float32)
-        for y in tl.static_range(4):
-            for x in tl.static_range(4):
+        best, place = tl.full((BM, COP), float("-inf"), tl.float32), tl.zeros((BM, COP), tl.int32)
+        for k in range(4):
+            acc = tl.zeros((BM, COP), tl.float32)
+            for tap in range(9):
+                pixel = (k // 2 + tap // 3) * 4 + k % 2 + tap % 3
                 a = patch(
-                    x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, y * 4 + x,
+                    x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, pixel,
                     H, W, CI, CIP, PIXELS, AFFINE, DT,
                 )  # fmt: skip
-                acc0 = add_tap(acc0, a, wb, y, x, CI, CO, CIP, COP, False, PRECISION, DT)
-                acc1 = add_tap(acc1, a, wb, y, x - 1, CI, CO, CIP, COP, False, PRECISION, DT)
-                acc2 = add_tap(acc2, a, wb, y - 1, x, CI, CO, CIP, COP, False, PRECISION, DT)
-                acc3 = add_tap(acc3, a, wb, y - 1, x - 1, CI, CO, CIP, COP, False, PRECISION, DT)
-        best = tl.maximum(tl.maximum(acc0, acc1), tl.maximum(acc2, acc3))  # [BM, COP]
-        place = tl.where(acc2 == best, 2, 3)
-        place = tl.where(acc0 == best, 0, tl.where(acc1 == best, 1, place))  # [BM, COP], the first maximum
+                b = tap_weight(w_ptr + e * 9 * CI * CO, tap, CI, CO, CIP, COP, False, DT)
+                acc = multiply(a, b, acc, PRECISION)
+            place = tl.where(acc > best, k, place)  # an equal one comes too late
+            best = tl.maximum(acc, best)
         mean, m2 = finish_tile(
             best, place, exists, pooled_offset(image, i, j, h, w, CO), bias_ptr + e * CO, p_ptr + e * total * CO,
             code_ptr + e * total * CO, mean, m2, (tile - start) * BM * 1.0, slope, CO, COP, BIAS, OWN,

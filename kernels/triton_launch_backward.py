@@ -98,9 +98,9 @@ class Backward:
         programs, tiles = share_out(total, tile.windows, episodes, PROGRAMS)
         dx = torch.empty_like(x)
         sums = block.mean.new_empty(episodes, programs, 2, inputs) if k else None
+        kernel = triton_backward.input_window if tile.form == "window" else triton_backward.input_taps
         run(
-            triton_backward.input_window if tile.form == "window" else triton_backward.input_taps, (programs, episodes),
-            g, block.p, block.code, self.factors[k], self.weights[k], x, before.mean, before.variance, dx,
+            kernel, (programs, episodes), g, block.p, block.code, self.factors[k], self.weights[k], x, before.mean, before.variance, dx,
             dx if sums is None else sums, images, height, width, tiles, self.slope, self.eps, OWN=self.own, SUMS=k > 0,
             **constants(tile, inputs, block.p.shape[-1], self.precision, x, block.p),
         )  # fmt: skip

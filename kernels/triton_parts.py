@@ -86,24 +86,17 @@ def window_weight(
 
 
 @triton.jit
-def add_tap(
-    acc, a, w_ptr, Y: tl.constexpr, X: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr,
-    COP: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
+def tap_weight(
+    w_ptr, tap, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, FLIPPED: tl.constexpr,
+    DT: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the pixels a times tap (Y, X) of the weight, if there is such a tap: a [BM, CIP], acc [BM, COP].
-
-    Flipped: tap (2 - Y, 2 - X) transposed, a [BM, COP], acc [BM, CIP].
-    """
-    if 0 <= Y and Y < 3 and 0 <= X and X < 3:
-        ci, co = tl.arange(0, CIP), tl.arange(0, COP)
-        if FLIPPED:
-            offset = ((8 - Y * 3 - X) * CI + ci[None, :]) * CO + co[:, None]
-            w = tl.load(w_ptr + offset, mask=(ci < CI)[None, :] & (co < CO)[:, None], other=0.0)
-        else:
-            offset = ((Y * 3 + X) * CI + ci[:, None]) * CO + co[None, :]
-            w = tl.load(w_ptr + offset, mask=(ci < CI)[:, None] & (co < CO)[None, :], other=0.0)
-        acc = multiply(a, w.to(DT), acc, PRECISION)
-    return acc
+    """One of the nine taps: [CIP, COP]; flipped, tap 8 - tap transposed: [COP, CIP]."""
+    if FLIPPED:
+        c, o = tl.arange(0, CIP)[None, :], tl.arange(0, COP)[:, None]
+        tap = 8 - tap
+    else:
+        c, o = tl.arange(0, CIP)[:, None], tl.arange(0, COP)[None, :]
+    return tl.load(w_ptr + (tap * CI + c) * CO + o, mask=(c < CI) & (o < CO), other=0.0).to(DT)
 
 
 @triton.jit

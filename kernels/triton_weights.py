@@ -23,6 +23,7 @@ def weight_window(
     s, e, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     h, w = H // 2, W // 2
     total = N * h * w
+    out = e * total * CO
     o = tl.arange(0, COP)
     a = tl.load(abc_ptr + e * 3 * CO + o, mask=o < CO, other=0.0)[None, :]
     b = tl.load(abc_ptr + (e * 3 + 1) * CO + o, mask=o < CO, other=0.0)[None, :]
@@ -32,9 +33,9 @@ def weight_window(
     start = s * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        offset = e * total * CO + pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
+        offset = pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
         known = exists[:, None] & (o < CO)[None, :]
-        d, place = winner_gradient(g_ptr, p_ptr, code_ptr, offset, known, a, b, c, slope, OWN)
+        d, place = winner_gradient(g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN)
         dy = tl.where(place[:, None, :] == places, d[:, None, :], 0.0)  # [BM, 4, COP]
         rows = patch(
             x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, chunk * PIXELS,
@@ -58,13 +59,14 @@ def weight_taps(
     AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     DT: tl.constexpr,
 ):  # fmt: skip
-    """Many channels: one row of taps a program, from the two rows of pixels that a window's places see through it.
+    """Many channels: one row of taps a program; each place of a window has three pixels that it sees through them.
 
     Grid (programs, E, 3): parts [E, programs, 9, CIP, COP].
     """
     s, e, ky = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     h, w = H // 2, W // 2
     total = N * h * w
+    out = e * total * CO
     o = tl.arange(0, COP)
     a = tl.load(abc_ptr + e * 3 * CO + o, mask=o < CO, other=0.0)[None, :]
     b = tl.load(abc_ptr + (e * 3 + 1) * CO + o, mask=o < CO, other=0.0)[None, :]
@@ -74,32 +76,19 @@ def weight_taps(
     start = s * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        offset = e * total * CO + pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
+        offset = pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
         known = exists[:, None] & (o < CO)[None, :]
-        d, place = winner_gradient(g_ptr, p_ptr, code_ptr, offset, known, a, b, c, slope, OWN)
-        for y in tl.static_range(2):
-            left = tl.where(place == 2 * y, d, 0.0).to(DT)
-            right = tl.where(place == 2 * y + 1, d, 0.0).to(DT)
-            for x in tl.static_range(4):
-                pixels = patch(
-                    x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists,
-                    (ky + y) * 4 + x, H, W, CI, CIP, PIXELS, AFFINE, DT,
-                )  # fmt: skip
-                columns = tl.trans(pixels)  # [CIP, BM]
-                if x < 3:  # the left place sees pixel x through tap x
-                    if x == 0:
-                        dw0 = multiply(columns, left, dw0, PRECISION)
-                    elif x == 1:
-                        dw1 = multiply(columns, left, dw1, PRECISION)
-                    else:
-                        dw2 = multiply(columns, left, dw2, PRECISION)
-                if x > 0:  # the right one through tap x - 1
-                    if x == 1:
-                        dw0 = multiply(columns, right, dw0, PRECISION)
-                    elif x == 2:
-                        dw1 = multiply(columns, right, dw1, PRECISION)
-                    else:
-                        dw2 = multiply(columns, right, dw2, PRECISION)
+        d, place = winner_gradient(g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN)
+        for k in range(4):
+            dy = tl.where(place == k, d, 0.0).to(DT)
+            pixel = (ky + k // 2) * 4 + k % 2
+            xb, scale, shift = x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI
+            rows = patch(xb, scale, shift, image, i, j, exists, pixel, H, W, CI, CIP, PIXELS, AFFINE, DT)
+            dw0 = multiply(tl.trans(rows), dy, dw0, PRECISION)
+            rows = patch(xb, scale, shift, image, i, j, exists, pixel + 1, H, W, CI, CIP, PIXELS, AFFINE, DT)
+            dw1 = multiply(tl.trans(rows), dy, dw1, PRECISION)
+            rows = patch(xb, scale, shift, image, i, j, exists, pixel + 2, H, W, CI, CIP, PIXELS, AFFINE, DT)
+            dw2 = multiply(tl.trans(rows), dy, dw2, PRECISION)
         if BIAS:
             db += tl.sum(d, axis=0)
     part = e * tl.num_programs(0) + s
