@@ -1,7 +1,7 @@
-"""`python -m mini_ht.kernels.compile_report`: compiles every kernel as shipped, without a GPU, and prints what it became.
+"""`python -m mini_ht.kernels.compile_report`: compiles all kernels as shipped, without a GPU; prints what they became.
 
-For each entry registers, spilled bytes, shared memory and tensor-core instructions. Exits with 1 if one spills, wants more
-shared memory than the device has, or multiplies without tensor cores where it should not.
+For each entry registers, spilled bytes, shared memory and tensor-core instructions. Exits with 1 if one spills, wants
+more shared memory than the device has, or multiplies without tensor cores where it should not.
 """
 
 import argparse

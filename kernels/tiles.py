@@ -52,7 +52,9 @@ def forward_tile(inputs: int, outputs: int) -> Tile:
         return Tile("taps", cin, cout, 128, 1, 8)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
     windows = 128 if cout <= 16 and cin != 4 else 64
-    return Tile("window", cin, cout, windows, 16 if cin <= 4 else 4, 4 if cin * cout <= 64 and cout <= 16 else 8)
+    return Tile(
+        "window", cin, cout, windows, 16 if cin <= 4 else 4, 4 if cin * cout <= 64 and cout <= 16 and cin != 4 else 8
+    )
 
 
 def input_tile(inputs: int, outputs: int) -> Tile:

@@ -166,7 +166,7 @@ def stack_backward_op(
     eps: float,
     precision: str,
 ) -> list[Tensor]:
-    """Sums for gammas and betas [blocks, 2, C], then dw, db if biased, d_statistics [E, 2, C] if given, dx if wanted."""
+    """Sums for gammas and betas [blocks, 2, C], dw, db if biased, d_statistics [E, 2, C] if given, dx if wanted."""
     columns = zip(means, variances, scales, shifts, pooled, codes, strict=True)
     blocks = [launch.Block(*parts) for parts in columns]
     options = (slope, eps, precision)
@@ -211,8 +211,8 @@ def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         g_statistics = [torch.zeros_like(v) if part is None else part for part, v in zip(used, vectors, strict=True)]
     wants_x = ctx.needs_input_grad[0]
     sums, *results = torch.ops.mini_ht.conv_stack_backward(
-        g.contiguous(), [part.contiguous() for part in g_statistics], x, weights, gammas, biases, scales, shifts, pooled,
-        codes, means, variances, own, wants_x, *ctx.options,
+        g.contiguous(), [part.contiguous() for part in g_statistics], x, weights, gammas, biases, scales, shifts,
+        pooled, codes, means, variances, own, wants_x, *ctx.options,
     )  # fmt: skip
     d_weights, results = results[:count], results[count:]
     d_biases, results = (results[:count], results[count:]) if biases else ([], results)

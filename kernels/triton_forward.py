@@ -1,7 +1,7 @@
 """Triton, forward: conv, bias, activation and pool in one kernel; merging its statistics; the last norm.
 
-A program takes `tiles` tiles of BM pooling windows of one episode and leaves their pooled values, one int8 code for each
-(place of the first maximum, plus 4 if it was positive), and mean and summed squared deviation of all its values.
+A program takes `tiles` tiles of BM pooling windows of one episode and leaves their pooled values, an int8 code for each
+(place of the first maximum, plus 4 if it is positive), and mean and summed squared deviation of all its values.
 """
 
 import triton
@@ -15,7 +15,7 @@ def finish_tile(
     best, place, exists, offset, bias_ptr, p_ptr, code_ptr, mean, m2, before, slope,
     CO: tl.constexpr, COP: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Bias and activation of the maxima, which are stored; statistics of the `before` values so far become those of all.
+    """Bias and activation of the maxima, which are stored; their statistics join those of the `before` values so far.
 
     best, place [BM, COP]; mean, m2 [COP].
     """

@@ -69,7 +69,7 @@ def forward(
     eps: float,
     precision: str,
 ) -> tuple[Tensor, list[Block]]:
-    """All blocks: two launches each, and one for the last norm. statistics: all means, then all variances, or nothing."""
+    """Two launches a block, and one for the last norm. statistics: all means, then all variances, or nothing."""
     count, own = len(weights), not statistics
     blocks: list[Block] = []
     source, scale, shift = x, x, x  # images come without a norm to apply

@@ -100,9 +100,9 @@ class Backward:
         sums = block.mean.new_empty(episodes, programs, 2, inputs) if k else None
         kernel = triton_backward.input_window if tile.form == "window" else triton_backward.input_taps
         run(
-            kernel, (programs, episodes), g, block.p, block.code, self.factors[k], self.weights[k], x, before.mean, before.variance, dx,
-            dx if sums is None else sums, images, height, width, tiles, self.slope, self.eps, OWN=self.own, SUMS=k > 0,
-            **constants(tile, inputs, block.p.shape[-1], self.precision, x, block.p),
+            kernel, (programs, episodes), g, block.p, block.code, self.factors[k], self.weights[k], x, before.mean,
+            before.variance, dx, dx if sums is None else sums, images, height, width, tiles, self.slope, self.eps,
+            OWN=self.own, SUMS=k > 0, **constants(tile, inputs, block.p.shape[-1], self.precision, x, block.p),
         )  # fmt: skip
         return dx, sums
 

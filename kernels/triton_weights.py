@@ -106,7 +106,7 @@ def add_parts(
     part_ptr, dw_ptr, tap, programs, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One tap of an episode's dw [9, CI, CO] from its programs' parts; in windows each place uses it on another pixel."""
+    """One tap of an episode's dw [9, CI, CO] from its programs' parts; a window's places use it on different pixels."""
     e = tl.program_id(1).to(tl.int64)
     q = tl.arange(0, CIP * COP)
     c, o = q // COP, q % COP
@@ -142,8 +142,8 @@ def finish_block(
 ):  # fmt: skip
     """Two jobs that wait for the same kernels. Grid (10 or, without WEIGHTS, 1; E).
 
-    WEIGHTS: dw [E, 9, CI, CO] and db [E, CO] of a block. SUMS: for the block before it with C channels, from its sums of
-    g and g * n: gradients of gamma and beta by episode (totals [2, E, stride]), the factors a, b, c of
+    WEIGHTS: dw [E, 9, CI, CO] and db [E, CO] of a block. SUMS: for the block before it with C channels, from its sums
+    of g and g * n: gradients of gamma and beta by episode (totals [2, E, stride]), the factors a, b, c of
     da = a * g + b * p + c (abc [E, 3, C]), and if its statistics were given (not OWN) their gradients [E, 2, C].
     USED: its returned statistics have gradients, too.
     """
