@@ -35,7 +35,7 @@ class Entry:
 
 def shipped(quick: bool) -> Iterator[Entry]:
     """Every kernel of the paper's nets, images with 1 and 3 channels, 8 to 64 channels, in every precision."""
-    pairs = {(images, width): ("forward", "weight") for images, width in NETS}
+    pairs: dict[tuple[int, int], tuple[str, ...]] = {net: ("forward", "weight") for net in NETS}
     pairs |= {(width, width): ("forward", "input", "weight") for _, width in NETS}
     for dtype, precision in KINDS[:2] if quick else KINDS:
         for (inputs, outputs), jobs in sorted(pairs.items()):
@@ -46,7 +46,7 @@ def shipped(quick: bool) -> Iterator[Entry]:
             yield Entry(job, width, width, "bfloat16", "tf32")
 
 
-def kernel_and_constants(entry: Entry) -> tuple[Any, dict[str, Any], dict[str, int]]:
+def kernel_and_constants(entry: Entry, hopper: bool) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel, its constants, and the compiler's options, as the host side would choose them."""
     import triton.language as tl
 
@@ -56,7 +56,7 @@ def kernel_and_constants(entry: Entry) -> tuple[Any, dict[str, Any], dict[str, i
     wide = padded(entry.outputs, 1)
     flags = {"AFFINE": entry.inputs > 3, "BIAS": False, "OWN": True, "SUMS": True, "WIDE": False}
     if entry.job not in ("forward", "input", "weight"):
-        window = choose("weight", entry.inputs, entry.outputs, entry.dtype, entry.precision)
+        window = choose("weight", entry.inputs, entry.outputs, entry.dtype, entry.precision, hopper)
         values = {
             "CI": entry.inputs, "CO": entry.outputs, "CIP": window.inputs, "COP": window.outputs, "C": entry.outputs,
             "CP": wide, "BS": 32, "BLOCK": 1024, "BM": 128, "WINDOW": window.form == "window", "WEIGHTS": True,
@@ -65,7 +65,7 @@ def kernel_and_constants(entry: Entry) -> tuple[Any, dict[str, Any], dict[str, i
         module = {"finish_block": triton_weights, "output_sums": triton_backward}.get(entry.job, triton_forward)
         big = entry.job == "finish_block" and window.inputs * window.outputs >= 1024
         return getattr(module, entry.job), values, {"num_warps": 8 if big else 4, "num_stages": 1}
-    tile = choose(entry.job, entry.inputs, entry.outputs, entry.dtype, entry.precision)
+    tile = choose(entry.job, entry.inputs, entry.outputs, entry.dtype, entry.precision, hopper)
     module = {"forward": triton_forward, "input": triton_backward, "weight": triton_weights}[entry.job]
     values = {
         "CI": entry.inputs, "CO": entry.outputs, "CIP": tile.inputs, "COP": tile.outputs, "BM": tile.windows,
@@ -91,7 +91,7 @@ def compile_entry(entry: Entry, capability: int) -> dict[str, Any]:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    kernel, values, options = kernel_and_constants(entry)
+    kernel, values, options = kernel_and_constants(entry, capability >= 90)
     constexprs = {name: values[name] for name in kernel.arg_names if name in values}
     signature = {
         name: "constexpr" if name in constexprs else parameter_type(name, entry.dtype) for name in kernel.arg_names

@@ -164,9 +164,8 @@ def stack_backward(
 ) -> list[BlockGradients]:
     """Gradients of every block of a stack, first to last: what a block's input gets is the g of the one before."""
     count = len(weights)
-    given: Sequence[Statistics | None] = statistics or [None] * count
-    wanted: Sequence[Statistics | None] = g_statistics or [None] * count
-    added: Sequence[Floats | None] = biases or [None] * count
+    nothing: list[None] = [None] * count
+    given, wanted, added = statistics or nothing, g_statistics or nothing, biases or nothing
     inputs = [x]
     for k in range(count - 1):
         y, _ = block_forward(inputs[k], weights[k], gammas[k], betas[k], added[k], given[k], slope, eps)

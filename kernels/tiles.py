@@ -30,38 +30,48 @@ def padded(channels: int, least: int) -> int:
     return max(least, 1 << (channels - 1).bit_length())
 
 
-def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str) -> Tile:
-    """The tile of a job, "forward", "input" or "weight", for float16, bfloat16 or float32 values."""
+def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopper: bool = True) -> Tile:
+    """The tile of a job, "forward", "input" or "weight", for float16, bfloat16 or float32 values.
+
+    hopper: compute capability 9 or more, where tensor cores read their operands from shared memory.
+    """
     found = FOUND.get((job, inputs, outputs, dtype))
     if found:
         return found
     tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
     if dtype == "float32":
-        # Twice the bytes, half the windows. Without tensor cores every operand passes through registers.
-        tile = replace(tile, windows=tile.windows // 2)
-    if dtype == "float32" and precision == "ieee":
-        pixels = min(tile.pixels, max(1, 64 // tile.inputs)) if tile.form == "window" else 1
-        tile = replace(tile, windows=16, pixels=4 if 1 < pixels < 16 else pixels, warps=8)
+        return for_float32(tile, precision, job)
+    if not hopper and job == "weight" and tile.inputs * tile.outputs > 1024:
+        return replace(tile, windows=16)
     return tile
 
 
+def for_float32(tile: Tile, precision: str, job: str) -> Tile:
+    """Twice the bytes, half the windows; three products need more registers, and FMAs one for every operand."""
+    taps = tile.form == "taps"
+    if precision == "ieee":
+        pixels = 1 if taps else min(16, max(2, 32 // tile.inputs))
+        return replace(tile, windows=32 if taps else 16, pixels=pixels, warps=8)
+    if precision == "bf16x3":
+        return replace(tile, windows=max(32 if taps and job != "weight" else 16, tile.windows // 4))
+    return replace(tile, windows=max(32, tile.windows // 2))
+
+
 def forward_tile(inputs: int, outputs: int) -> Tile:
-    """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; 16 or fewer rows of them fit at once."""
+    """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; many are multiplied tap by tap."""
     if inputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 128, 1, 8)
+        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
-    windows = 128 if cout <= 16 and cin != 4 else 64
-    return Tile(
-        "window", cin, cout, windows, 16 if cin <= 4 else 4, 4 if cin * cout <= 64 and cout <= 16 and cin != 4 else 8
-    )
+    light = cout <= 16 and cin <= 8 and cin != 4
+    return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
 
 
 def input_tile(inputs: int, outputs: int) -> Tile:
     """The conv of the gradient: outputs and inputs change places."""
     if outputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 128, 1, 8)
+        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
     cin, cout = padded(inputs, 4), padded(outputs, 4)
     return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
 
@@ -70,9 +80,9 @@ def weight_tile(inputs: int, outputs: int) -> Tile:
     """The accumulators are the weight's gradient itself, in registers throughout."""
     if inputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 64, 1, 8 if cin * cout >= 1024 else 4)
+        return Tile("taps", cin, cout, 64 if cin * cout <= 1024 else 32, 1, 8)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
-    pixels = 16 if 64 * cin * cout <= 16384 else 4
+    pixels = 16 if 64 * cin * cout <= (16384 if cout <= 16 else 8192) else 4
     return Tile("window", cin, cout, 64, pixels, 4 if cin * cout <= 64 else 8)
 
 

@@ -126,7 +126,7 @@ def stack_op(
 
 
 @stack_op.register_fake
-def _(x, weights, gammas, betas, biases, statistics, slope, eps, precision):  # type: ignore[no-untyped-def]
+def _(x, weights, gammas, betas, biases, statistics, slope, eps, precision):
     episodes, images, height, width, _ = x.shape
     pooled = []
     for weight in weights:
@@ -176,7 +176,7 @@ def stack_backward_op(
 @stack_backward_op.register_fake
 def _(
     g, g_statistics, x, weights, gammas, biases, scales, shifts, pooled, codes, means, variances, own, wants_x, *options
-):  # type: ignore[no-untyped-def]
+):
     widest = max(weight.shape[-1] for weight in weights)
     results = [x.new_empty(len(weights), 2, widest, dtype=torch.float32), *(torch.empty_like(w) for w in weights)]
     results += [torch.empty_like(bias) for bias in biases]

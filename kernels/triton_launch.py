@@ -55,7 +55,8 @@ def constants(tile: Tile, inputs: int, outputs: int, precision: str, x: Tensor, 
 
 def choose_for(job: str, x: Tensor, p: Tensor, precision: str) -> Tile:
     """The tile of a job between an input x [..., Cin] and its pooled outputs p [..., Cout]."""
-    return choose(job, x.shape[-1], p.shape[-1], str(x.dtype).removeprefix("torch."), precision)
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+    return choose(job, x.shape[-1], p.shape[-1], str(x.dtype).removeprefix("torch."), precision, hopper)
 
 
 def forward(
