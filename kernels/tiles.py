@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 LARGEST = 64  # channels
 # Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
 PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
-# Autotuning (mini_ht.kernels.benchmark --tune) puts what it finds here: (job, inputs, outputs, dtype) -> Tile.
+# Comes before the table, for what a search on a GPU finds: (job, inputs, outputs, dtype) -> Tile.
 FOUND: dict[tuple[str, int, int, str], "Tile"] = {}
 
 

@@ -177,6 +177,13 @@ def test_float16_block(channels):
         assert error <= TRITON_TOLERANCE["float16"], f"{error:.1e}"
 
 
+@pytest.mark.parametrize("channels", [(1, 8), (20, 20)])
+def test_a_tie_in_the_pool_goes_to_the_first_maximum(channels):
+    """Images and weights of -1, 0 and 1 make many windows with equal maxima, and maxima that are exactly zero."""
+    x, weights, *others = draw(16, 1, 2, 6, 8, channels)
+    check((np.sign(np.round(x)), [np.sign(np.round(2 * w)) for w in weights], *others), 0.1)
+
+
 def test_nothing_is_left_unwritten(monkeypatch):
     """Every buffer starts as NaN, so a value that no program wrote would show."""
     arguments = draw(5, 2, 3, 7, 9, (3, 6, 20), biased=True)
