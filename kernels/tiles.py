@@ -49,13 +49,15 @@ def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopp
 def for_float32(tile: Tile, precision: str, job: str) -> Tile:
     """Twice the bytes, half the windows; three products need more registers, and FMAs one for every operand."""
     taps = tile.form == "taps"
+    if precision == "ieee" and taps:
+        return replace(tile, windows=16, warps=8 if job != "forward" and tile.inputs * tile.outputs > 1024 else 4)
     if precision == "ieee":
-        pixels = 1 if taps else min(16, max(2, 32 // tile.inputs))
-        # With 8 warps this one spills a few bytes on sm_80.
-        warps = 4 if job == "forward" and not taps and tile.outputs == 32 else 8
-        return replace(tile, windows=32 if taps else 16, pixels=pixels, warps=warps)
+        warps = 4 if job != "weight" and (tile.inputs == 16 or tile.outputs == 32) else 8
+        return replace(tile, windows=16, pixels=min(16, max(2, 32 // tile.inputs)), warps=warps)
+    if precision == "bf16x3" and taps and job != "weight":
+        return replace(tile, windows=tile.windows // 2)
     if precision == "bf16x3":
-        return replace(tile, windows=tile.windows // 2 if taps and job != "weight" else max(16, tile.windows // 4))
+        return replace(tile, windows=max(16, tile.windows // 4), warps=8 if job == "input" else tile.warps)
     return replace(tile, windows=max(32, tile.windows // 2))
 
 
