@@ -4,13 +4,15 @@ VENV := .venv
 READY := $(VENV)/.ready
 PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
+SHELL := /bin/bash
 
-.PHONY: help train test lint types check clean
+.PHONY: help train test lint types check gpu clean
 
 help:
 	@echo "make train   set up and train on the built-in images for about 2 minutes; results in runs/quickstart"
 	@echo "make test    set up, lint, check types and run all tests"
 	@echo "make lint | types | check   one part of that (check: the tests alone)"
+	@echo "make gpu     on a CUDA GPU: its tests, the benchmark of the kernels, 60 s of training; all in results/gpu/"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +34,22 @@ types: $(READY)
 
 check: $(READY)
 	$(VENV)/bin/python -m pytest
+
+# Needs torch for CUDA in GPU_PYTHON, and in OMNIGLOT the folder that holds the two official archives.
+GPU_PYTHON ?= $(VENV)/bin/python
+OMNIGLOT ?= ../shared/data/omniglot
+
+gpu: $(READY)
+	@$(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
+	  { echo "make gpu needs a CUDA device, and torch sees none here."; exit 1; }
+	set -e -o pipefail; \
+	out=results/gpu/$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
+	mkdir -p $$out; \
+	$(GPU_PYTHON) -m pytest tests/test_triton.py 2>&1 | tee $$out/tests.txt; \
+	$(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $$out/compile_report.txt; \
+	$(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $$out 2>&1 | tee $$out/benchmark.txt; \
+	$(GPU_PYTHON) -c "from mini_ht.cli import main; main()" train omniglot-20way-1shot-8ch --minutes 1 --data-dir $(OMNIGLOT) \
+	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mini_ht.arrays import Array, as_floats, namespace
 from mini_ht.checks import check_query
 from mini_ht.errors import InputError
-from mini_ht.kernels import conv_block
+from mini_ht.kernels import conv_stack
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,17 @@ class GeneratedCNN:
         check_query(query, mask, self.logits_weight, self.image_shape, self.batched, values=self.check)
         if not self.batched:
             query, mask = query[None], None if mask is None else mask[None]
-        x = query
-        for conv in self.convs:
-            x, _ = conv_block(
-                x,
-                conv.weight,
-                conv.gamma,
-                conv.beta,
-                bias=conv.bias,
-                statistics=conv.statistics if self.norm == "support" else None,
-                mask=mask,
-                slope=self.slope,
-                impl=self.impl,
-            )
+        x, _ = conv_stack(
+            query,
+            [conv.weight for conv in self.convs],
+            [conv.gamma for conv in self.convs],
+            [conv.beta for conv in self.convs],
+            [conv.bias for conv in self.convs],
+            [conv.statistics for conv in self.convs] if self.norm == "support" else None,
+            mask,
+            self.slope,
+            self.impl,
+        )
         logits = linear(x, self.logits_weight)  # [E, m, way]
         logits = namespace(logits).where(self.present[:, None, :], logits, -math.inf)
         return logits if self.batched else logits[0]

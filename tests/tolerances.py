@@ -11,6 +11,9 @@ from mini_ht.kernels import NORM_EPS
 
 # Largest relative error, max |a - b| / max |b|.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# The Triton kernels against float64, a block or a small stack. Named by what is rounded: the stored values, or float32
+# products ("ieee" not at all).
+TRITON_TOLERANCE = {"float32": 1e-5, "ieee": 1e-5, "bf16x3": 1e-4, "tf32": 2e-3, "float16": 1e-3, "bfloat16": 2e-2}
 # What counts as different, where a law says that something must change.
 DIFFERENT = 1e-6
 

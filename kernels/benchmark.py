@@ -1,0 +1,339 @@
+"""`python -m mini_ht.kernels.benchmark`: the generated CNN's forward and backward pass against every alternative.
+
+Correctness first: what is wrong is not timed. On a GPU every pass runs as a CUDA graph; without one the torch and NumPy
+paths are compared. Writes benchmark.csv and benchmark.png into --out.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_ht.kernels import alternatives, reference_backward
+from mini_ht.kernels.block import NORM_EPS, conv_stack
+
+KINDS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, True)}
+ALLOWED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2}  # by the norm of the error, of one block on exact products
+PASSES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One net: E episodes of N images, `size` x `size` x `inputs`, four blocks of `channels`."""
+
+    name: str
+    episodes: int
+    images: int
+    size: int
+    inputs: int
+    channels: int
+
+    @property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """(size, Cin, Cout) of each block."""
+        sizes = [self.size // 2**k for k in range(4)]
+        return [(size, self.channels if k else self.inputs, self.channels) for k, size in enumerate(sizes)]
+
+    def bytes(self, width: int) -> dict[str, float]:
+        """Bytes that the kernels' design must move, with `width` bytes a value.
+
+        Forward: each block reads its input and writes p and its code; the last norm reads p and writes y. Backward: the
+        weight's and (not for images) the input's kernel read g, p, code and the input, the latter writes dx; the first
+        kernel reads g and p. Weights and partial sums are left out.
+        """
+        count = self.episodes * self.images
+        forward = backward = 0.0
+        for k, (size, inputs, outputs) in enumerate(self.blocks):
+            x, p = count * size**2 * inputs, count * (size // 2) ** 2 * outputs
+            forward += x * width + p * (width + 1)
+            passes = 2 if k else 1
+            backward += passes * (p * (2 * width + 1) + x * width) + (x * width if k else 0)
+        last = count * (self.size // 16) ** 2 * self.channels * width
+        return {"forward": forward + 2 * last, "backward": backward + 2 * last, "both": forward + backward + 4 * last}
+
+    def flops(self) -> dict[str, float]:
+        """2 * 9 * Cin * Cout for each conv output that is pooled; backward the same for dW and, but for images, dx."""
+        forward = backward = 0.0
+        for k, (size, inputs, outputs) in enumerate(self.blocks):
+            once = 2.0 * 9 * inputs * outputs * self.episodes * self.images * (size // 2 * 2) ** 2
+            forward, backward = forward + once, backward + once * (2 if k else 1)
+        return {"forward": forward, "backward": backward, "both": forward + backward}
+
+    def draw(self, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Images, weights, gammas and betas; images want no gradient."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.episodes, self.images, self.size, self.size, self.inputs)
+        x = torch.rand(shape, generator=generator).to(device, dtype)
+        weights, gammas, betas = [], [], []
+        for _, inputs, outputs in self.blocks:
+            weight = torch.randn(self.episodes, 3, 3, inputs, outputs, generator=generator) / (9 * inputs) ** 0.5
+            weights.append(weight.to(device).requires_grad_())
+            gammas.append(torch.ones(outputs, device=device, requires_grad=True))
+            betas.append(torch.zeros(outputs, device=device, requires_grad=True))
+        return x, weights, gammas, betas
+
+
+def problems(cuda: bool) -> list[Problem]:
+    """The two data sets of the paper at training size; a small net on a CPU."""
+    if not cuda:
+        return [Problem("omniglot", 4, 100, 28, 1, 8)]
+    small = [Problem("omniglot", 64, 80, 28, 1, channels) for channels in (8, 16, 32, 64)]
+    return small + [Problem("imagenet", 16, 80, 84, 3, channels) for channels in (8, 32, 64)]
+
+
+def wrong_blocks(problem: Problem, kind: str) -> list[str]:
+    """Blocks of the problem that are further from float64 than allowed; 4 episodes of them are looked at.
+
+    Images and weights are multiples of 1/8: every product is exact, so that no maximum depends on rounding.
+    """
+    dtype, _ = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number, (size, inputs, outputs) in enumerate(problem.blocks, start=1):
+        shape = (min(4, problem.episodes), problem.images, size, size, inputs)
+        x = (torch.randn(shape, generator=generator) * 8).round().cuda() / 8
+        weight = (torch.randn(shape[0], 3, 3, inputs, outputs, generator=generator) * 8).round().cuda() / 8
+        both = []
+        for impl, kept in (("triton", dtype), ("torch", torch.float64)):
+            leaves = [
+                x.to(kept).requires_grad_(),
+                weight.to(kept if impl == "torch" else weight.dtype).requires_grad_(),
+            ]
+            ones = torch.ones(outputs, device="cuda", dtype=leaves[1].dtype)
+            y, _ = conv_stack(leaves[0], leaves[1:], [ones], [ones], impl=impl)
+            g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(y)
+            both.append([y, *torch.autograd.grad(y, leaves, g)])
+        for name, mine, other in zip(("y", "dx", "dw"), *both, strict=True):
+            error = float((mine.double() - other).norm() / other.norm())
+            if not error <= ALLOWED[kind]:
+                found.append(f"block {number} {name}: relative error {error:.1e}, allowed {ALLOWED[kind]:.0e}")
+    return found
+
+
+def steps(net: alternatives.Net, arguments: Any) -> dict[str, Callable[[], Any]]:
+    """The passes as calls; backward differentiates one forward pass again and again."""
+    x, *parameters = arguments
+    leaves = [leaf for parts in parameters for leaf in parts]
+    y = net(x, *parameters)
+    g = torch.ones_like(y)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return net(x, *parameters)
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(y, leaves, g, retain_graph=True),
+        "both": lambda: torch.autograd.grad(net(x, *parameters), leaves, g),
+    }
+
+
+def cuda_seconds(make: Callable[[], dict[str, Callable[[], Any]]], name: str) -> float:
+    """Median time of one pass as a CUDA graph, with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # autograd runs backward on the stream of forward, which must be the captured one
+        step = make()[name]
+        for _ in range(3):
+            step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    return do_bench(graph.replay, return_mode="median") / 1e3
+
+
+def cpu_seconds(step: Callable[[], Any], budget: float) -> float:
+    """Median time of calls that fill the budget, after one to warm up."""
+    step()
+    times: list[float] = []
+    while sum(times) < budget or len(times) < 3:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def count_launches(step: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def ceilings(kind: str) -> tuple[float, float]:
+    """What this GPU reaches: bytes/s of a large copy, FLOP/s of a large matrix product of the kind."""
+    from triton.testing import do_bench
+
+    source = torch.empty(2**28, device="cuda")
+    copied = do_bench(lambda: source.clone(), return_mode="median") / 1e3
+    a = torch.randn(8192, 8192, device="cuda", dtype=KINDS[kind][0])
+    product = do_bench(lambda: a @ a, return_mode="median") / 1e3
+    return 2 * source.numel() * 4 / copied, 2 * 8192**3 / product
+
+
+def set_products(kind: str) -> None:
+    """Whether float32 products may be rounded to tf32, in convs and matrix products, ours included."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = KINDS[kind][1]
+
+
+def gpu_rows(problem: Problem, kind: str) -> list[dict[str, Any]]:
+    """Every net on one problem: seconds, launches, memory, bandwidth and share of the roofline."""
+    set_products(kind)
+    faults = wrong_blocks(problem, kind)
+    if faults:
+        raise SystemExit(f"not timed, because wrong: {problem.name} {problem.channels} {kind}: {'; '.join(faults)}")
+    dtype = KINDS[kind][0]
+    arguments = problem.draw("cuda", dtype)
+    bandwidth, speed = ceilings(kind)
+    wanted = alternatives.torch_path(*arguments).detach().float()
+    rows = []
+    for name, net in ({"triton": alternatives.fused} | alternatives.alternatives(True)).items():
+        row: dict[str, Any] = {"problem": problem.name, "channels": problem.channels, "kind": kind, "net": name}
+        try:
+            error = float((net(*arguments).detach().float() - wanted).norm() / wanted.norm())
+            if not error <= 0.1:
+                raise ValueError(f"wrong, relative error {error:.1e}")
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both = steps(net, arguments)["both"]
+            both()
+            row["peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+            row["launches"] = count_launches(both)
+            del both
+            for part in PASSES:
+                row[f"{part}_us"] = round(1e6 * cuda_seconds(partial(steps, net, arguments), part), 1)
+            if name == "triton":
+                for part in PASSES:
+                    moved, seconds = problem.bytes(dtype.itemsize)[part], row[f"{part}_us"] / 1e6
+                    floor = max(moved / bandwidth, problem.flops()[part] / speed)
+                    row |= {
+                        f"{part}_tb_s": round(moved / seconds / 1e12, 2),
+                        f"{part}_share": round(floor / seconds, 3),
+                    }
+        except (RuntimeError, ValueError) as problem_found:
+            row["note"] = str(problem_found).splitlines()[0][:100]
+        rows.append(row)
+    add_ratios(rows, "triton")
+    return rows
+
+
+def add_ratios(rows: Sequence[dict[str, Any]], ours: str) -> None:
+    """How many times faster each net would have to be to equal ours; on our own row, the best alternative's."""
+    mine = next(row for row in rows if row["net"] == ours)
+    for part in PASSES:
+        key = f"{part}_us"
+        others = [row[key] for row in rows if row is not mine and key in row]
+        for row in rows:
+            if key in row and key in mine:
+                row[f"{part}_ratio"] = round((min(others, default=np.nan) if row is mine else row[key]) / mine[key], 2)
+
+
+def cpu_rows(problem: Problem, budget: float) -> list[dict[str, Any]]:
+    """The torch path against plain torch, and NumPy, on one thread."""
+    torch.set_num_threads(1)
+    arguments = problem.draw("cpu", torch.float32)
+    x, *parameters = ([part.detach().numpy() for part in parts] for parts in ([arguments[0]], *arguments[1:]))
+    (images,), (weights, gammas, betas) = x, parameters
+    wanted, _ = conv_stack(images.astype(np.float64), *([p.astype(np.float64) for p in parts] for parts in parameters))
+    g = np.ones_like(wanted, dtype=np.float32)
+
+    def numpy_both() -> Any:
+        return reference_backward.stack_backward(
+            images, weights, gammas, betas, None, None, 0.0, np.float32(NORM_EPS), g
+        )
+
+    rows = []
+    for name, net in ({"torch path": alternatives.torch_path} | alternatives.alternatives(False)).items():
+        error = float(np.abs(net(*arguments).detach().double().numpy() - wanted).max() / np.abs(wanted).max())
+        if not error <= 1e-3:
+            raise SystemExit(f"not timed, because wrong: {name}: relative error {error:.1e}")
+        row: dict[str, Any] = {"problem": problem.name, "channels": problem.channels, "kind": "cpu fp32", "net": name}
+        for part, step in steps(net, arguments).items():
+            row[f"{part}_us"] = round(1e6 * cpu_seconds(step, budget), 1)
+        rows.append(row)
+    row = {"problem": problem.name, "channels": problem.channels, "kind": "cpu fp32", "net": "numpy"}
+    row["forward_us"] = round(1e6 * cpu_seconds(lambda: conv_stack(images, weights, gammas, betas), budget), 1)
+    row["both_us"] = round(1e6 * cpu_seconds(numpy_both, budget), 1)
+    rows.append(row)
+    add_ratios(rows, "torch path")
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """A block of the table: one row a net."""
+    for row in rows:
+        parts = [f"{part} {row.get(f'{part}_us', '-')} us x{row.get(f'{part}_ratio', '-')}" for part in PASSES]
+        extra = [f"{key} {row[key]}" for key in row if key.endswith(("_tb_s", "_share", "launches", "peak_mb", "note"))]
+        label = f"{row['problem']} C={row['channels']} {row['kind']}"
+        print(f"{label:24} {row['net']:23} {'  '.join(parts)}  {'  '.join(extra)}".rstrip(), flush=True)
+
+
+def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """benchmark.csv, and benchmark.png: time of both passes by channels, a panel for each problem and kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (out / "benchmark.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    panels = list(dict.fromkeys((row["problem"], row["kind"]) for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        mine = [row for row in rows if (row["problem"], row["kind"]) == panel and "both_us" in row]
+        for net in dict.fromkeys(row["net"] for row in mine):
+            points = [(row["channels"], row["both_us"]) for row in mine if row["net"] == net]
+            axis.plot(*zip(*points, strict=True), marker="o", label=net)
+        axis.set(title=" ".join(panel), xlabel="channels", ylabel="forward + backward, us", yscale="log")
+        axis.set_xscale("log", base=2)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "benchmark.png", dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each number on a CPU")
+    parser.add_argument("--only", default="", help="problems whose name and channels, as in omniglot-8, contain this")
+    chosen = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available()
+    print(f"device: {torch.cuda.get_device_name() if cuda else 'CPU, one thread'}; torch {torch.__version__}")
+    rows: list[dict[str, Any]] = []
+    for problem in problems(cuda):
+        if chosen.only in f"{problem.name}-{problem.channels}":
+            for kind in KINDS if cuda else [""]:
+                rows += gpu_rows(problem, kind) if cuda else cpu_rows(problem, chosen.seconds)
+                show(
+                    [row for row in rows if (row["problem"], row["channels"]) == (problem.name, problem.channels)][-9:]
+                )
+    if rows:
+        write(rows, chosen.out)
+    return int(not rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

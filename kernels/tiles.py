@@ -1,0 +1,97 @@
+"""Which form, tile and number of warps a kernel gets: one table, by channels and bytes of a value.
+
+Chosen so that every entry compiles without spilling registers (`python -m mini_ht.kernels.compile_report`).
+"""
+
+from dataclasses import dataclass, replace
+
+LARGEST = 64  # channels
+# Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
+PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
+# Comes before the table, for what a search on a GPU finds: (job, inputs, outputs, dtype) -> Tile.
+FOUND: dict[tuple[str, int, int, str], "Tile"] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work; `inputs` and `outputs` are channels padded to powers of two."""
+
+    form: str  # "window": one product for the four places of a pooling window; "taps": one for each tap
+    inputs: int
+    outputs: int
+    windows: int  # BM, pooling windows of a tile
+    pixels: int  # of the 4 x 4 that a window sees, how many make one product
+    warps: int
+    stages: int = 1
+
+
+def padded(channels: int, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (channels - 1).bit_length())
+
+
+def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopper: bool = True) -> Tile:
+    """The tile of a job, "forward", "input" or "weight", for float16, bfloat16 or float32 values.
+
+    hopper: compute capability 9 or more, where tensor cores read their operands from shared memory.
+    """
+    found = FOUND.get((job, inputs, outputs, dtype))
+    if found:
+        return found
+    tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
+    if dtype == "float32":
+        return for_float32(tile, precision, job)
+    if not hopper and job == "weight" and tile.inputs * tile.outputs > 1024:
+        return replace(tile, windows=16)
+    return tile
+
+
+def for_float32(tile: Tile, precision: str, job: str) -> Tile:
+    """Twice the bytes, half the windows; three products need more registers, and FMAs one for every operand."""
+    taps = tile.form == "taps"
+    if precision == "ieee" and taps:
+        return replace(tile, windows=16, warps=8 if job != "forward" and tile.inputs * tile.outputs > 1024 else 4)
+    if precision == "ieee":
+        warps = 4 if job != "weight" and (tile.inputs == 16 or tile.outputs == 32) else 8
+        return replace(tile, windows=16, pixels=min(16, max(2, 32 // tile.inputs)), warps=warps)
+    if precision == "bf16x3" and taps and job != "weight":
+        return replace(tile, windows=tile.windows // 2)
+    if precision == "bf16x3":
+        return replace(tile, windows=max(16, tile.windows // 4), warps=8 if job == "input" else tile.warps)
+    return replace(tile, windows=max(32, tile.windows // 2))
+
+
+def forward_tile(inputs: int, outputs: int) -> Tile:
+    """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; many are multiplied tap by tap."""
+    if inputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
+    cin, cout = padded(inputs, 1), padded(outputs, 4)
+    light = cout <= 16 and cin <= 8 and cin != 4
+    return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
+
+
+def input_tile(inputs: int, outputs: int) -> Tile:
+    """The conv of the gradient: outputs and inputs change places."""
+    if outputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
+    cin, cout = padded(inputs, 4), padded(outputs, 4)
+    return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
+
+
+def weight_tile(inputs: int, outputs: int) -> Tile:
+    """The accumulators are the weight's gradient itself, in registers throughout."""
+    if inputs > 16:
+        cin, cout = padded(inputs, 16), padded(outputs, 16)
+        return Tile("taps", cin, cout, 64 if cin * cout <= 1024 else 32, 1, 8)
+    cin, cout = padded(inputs, 1), padded(outputs, 4)
+    pixels = 16 if 64 * cin * cout <= (16384 if cout <= 16 else 8192) else 4
+    return Tile("window", cin, cout, 64, pixels, 4 if cin * cout <= 64 else 8)
+
+
+def share_out(total: int, windows: int, episodes: int, programs: int) -> tuple[int, int]:
+    """(programs of an episode, tiles of each) for `total` windows, about `programs` in all, every one with work."""
+    tiles = -(-total // windows)
+    each = max(1, -(-tiles * episodes // programs))
+    return -(-tiles // each), each
