@@ -20,7 +20,7 @@ LAYERS = (
     ("plan",),
     ("kernels",),
     ("attention", "tokens", "features"),
-    ("parameters", "presets"),
+    ("parameters", "presets", "constructions"),
     ("checks",),
     ("cnn",),
     ("generator",),
@@ -35,7 +35,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY = {"kernels": {"arrays", "errors"}, "datasets": {"errors", "files"}}
 MODEL = ("arrays", "config", "plan", "attention", "tokens", "features", "cnn", "generator")
 # Of lines that are not blank.
-LONGEST_FILE, MODEL_LINES, PACKAGE_LINES, KERNEL_LINES = 300, 700, 2300, 2000
+LONGEST_FILE, MODEL_LINES, PACKAGE_LINES, KERNEL_LINES = 300, 700, 2400, 2000
 HEAVY = ("torch", "tqdm", "matplotlib", "tyro", "tensorboard")
 MAY_IMPORT_HEAVY = (
     *("mini_ht.training.", "mini_ht.bench", "mini_ht.cli", "mini_ht.kernels.torch_conv"),
