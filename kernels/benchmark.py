@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,74 +20,11 @@ from torch import Tensor
 
 from mini_ht.kernels import alternatives, reference_backward
 from mini_ht.kernels.block import NORM_EPS, conv_stack
+from mini_ht.kernels.problems import Problem, problems
 
 KINDS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, True)}
 ALLOWED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2}  # by the norm of the error, of one block on exact products
 PASSES = ("forward", "backward", "both")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One net: E episodes of N images, `size` x `size` x `inputs`, four blocks of `channels`."""
-
-    name: str
-    episodes: int
-    images: int
-    size: int
-    inputs: int
-    channels: int
-
-    @property
-    def blocks(self) -> list[tuple[int, int, int]]:
-        """(size, Cin, Cout) of each block."""
-        sizes = [self.size // 2**k for k in range(4)]
-        return [(size, self.channels if k else self.inputs, self.channels) for k, size in enumerate(sizes)]
-
-    def bytes(self, width: int) -> dict[str, float]:
-        """Bytes that the kernels' design must move, with `width` bytes a value.
-
-        Forward: each block reads its input and writes p and its code; the last norm reads p and writes y. Backward: the
-        weight's and (not for images) the input's kernel read g, p, code and the input, the latter writes dx; the first
-        kernel reads g and p. Weights and partial sums are left out.
-        """
-        count = self.episodes * self.images
-        forward = backward = 0.0
-        for k, (size, inputs, outputs) in enumerate(self.blocks):
-            x, p = count * size**2 * inputs, count * (size // 2) ** 2 * outputs
-            forward += x * width + p * (width + 1)
-            passes = 2 if k else 1
-            backward += passes * (p * (2 * width + 1) + x * width) + (x * width if k else 0)
-        last = count * (self.size // 16) ** 2 * self.channels * width
-        return {"forward": forward + 2 * last, "backward": backward + 2 * last, "both": forward + backward + 4 * last}
-
-    def flops(self) -> dict[str, float]:
-        """2 * 9 * Cin * Cout for each conv output that is pooled; backward the same for dW and, but for images, dx."""
-        forward = backward = 0.0
-        for k, (size, inputs, outputs) in enumerate(self.blocks):
-            once = 2.0 * 9 * inputs * outputs * self.episodes * self.images * (size // 2 * 2) ** 2
-            forward, backward = forward + once, backward + once * (2 if k else 1)
-        return {"forward": forward, "backward": backward, "both": forward + backward}
-
-    def draw(self, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Images, weights, gammas and betas; images want no gradient."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.episodes, self.images, self.size, self.size, self.inputs)
-        x = torch.rand(shape, generator=generator).to(device, dtype)
-        weights, gammas, betas = [], [], []
-        for _, inputs, outputs in self.blocks:
-            weight = torch.randn(self.episodes, 3, 3, inputs, outputs, generator=generator) / (9 * inputs) ** 0.5
-            weights.append(weight.to(device).requires_grad_())
-            gammas.append(torch.ones(outputs, device=device, requires_grad=True))
-            betas.append(torch.zeros(outputs, device=device, requires_grad=True))
-        return x, weights, gammas, betas
-
-
-def problems(cuda: bool) -> list[Problem]:
-    """The two data sets of the paper at training size; a small net on a CPU."""
-    if not cuda:
-        return [Problem("omniglot", 4, 100, 28, 1, 8)]
-    small = [Problem("omniglot", 64, 80, 28, 1, channels) for channels in (8, 16, 32, 64)]
-    return small + [Problem("imagenet", 16, 80, 84, 3, channels) for channels in (8, 32, 64)]
 
 
 def wrong_blocks(problem: Problem, kind: str) -> list[str]:
