@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 LARGEST = 64  # channels
 # Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
 PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
-# Comes before the table, for what a search on a GPU finds: (job, inputs, outputs, dtype) -> Tile.
-FOUND: dict[tuple[str, int, int, str], "Tile"] = {}
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,6 @@ def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopp
 
     hopper: compute capability 9 or more, where tensor cores read their operands from shared memory.
     """
-    found = FOUND.get((job, inputs, outputs, dtype))
-    if found:
-        return found
     tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
     if dtype == "float32":
         return for_float32(tile, precision, job)

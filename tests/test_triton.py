@@ -20,8 +20,8 @@ from mini_ht import InputError
 from mini_ht.kernels import NORM_EPS, conv_block, conv_stack, implementation
 from mini_ht.kernels.reference_backward import block_forward, stack_backward
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
+    pytest.skip("there is no triton for this system", allow_module_level=True)
 
 from mini_ht.kernels import tiles, triton_conv, triton_launch
 
