@@ -6,12 +6,13 @@ PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 
-.PHONY: help train test lint types check gpu clean
+.PHONY: help train test lint types check docs gpu clean
 
 help:
 	@echo "make train   set up and train on the built-in images for about 2 minutes; results in runs/quickstart"
 	@echo "make test    set up, lint, check types and run all tests"
 	@echo "make lint | types | check   one part of that (check: the tests alone)"
+	@echo "make docs    run the tutorials and build the site: docs/_build/index.html"
 	@echo "make gpu     on a CUDA GPU: its tests, the benchmark of the kernels, 60 s of training; all in results/gpu/"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -35,6 +36,10 @@ types: $(READY)
 check: $(READY)
 	$(VENV)/bin/python -m pytest
 
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 # Needs torch for CUDA in GPU_PYTHON, and in OMNIGLOT the folder that holds the two official archives.
 GPU_PYTHON ?= $(VENV)/bin/python
 OMNIGLOT ?= ../shared/data/omniglot
@@ -52,4 +57,4 @@ gpu: $(READY)
 	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build docs/_build docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,9 +4,9 @@ from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
-from mini_ht.parameters import draw_parameters, load, save, to_numpy, to_torch
+from mini_ht.parameters import draw_parameters, load, load_pretrained, save, to_numpy, to_torch
 from mini_ht.presets import preset, presets
 
-__all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "load", "preset", "presets"]
-__all__ += ["save", "to_numpy", "to_torch"]
+__all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "load", "load_pretrained"]
+__all__ += ["preset", "presets", "save", "to_numpy", "to_torch"]
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ from mini_ht.plan import KERNEL, Layer, plan
 
 FORMAT = "mini_ht 1"
 CHECKPOINT = "model.safetensors"
+PRETRAINED = Path(__file__).parent / "pretrained"
 
 # What a feed-forward part adds starts small, so that a token begins as what attention gathered.
 RESIDUAL_GAIN = 0.3
@@ -173,6 +174,18 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[np.floating]],
     """
     tensors, config, _ = read_tensors(checkpoint_path(path))
     return tensors, config
+
+
+def load_pretrained(name: str = "omniglot") -> tuple[dict[str, NDArray[np.floating]], Config]:
+    """Parameters (NumPy, float32) and config of a generator that comes with the package; docs/pretrained.md has its card.
+
+    "omniglot": preset omniglot-20way-1shot-8ch after 40 minutes. Raises InputError for an unknown name.
+    """
+    known = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
+    if name not in known:
+        raise InputError(f"there is no pretrained generator {name!r}; choose one of {', '.join(known)}")
+    parameters, config = load(PRETRAINED / f"{name}.safetensors")
+    return {key: array.astype(np.float32) for key, array in parameters.items()}, config  # they are stored as float16
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
