@@ -44,16 +44,21 @@ docs: $(READY)
 GPU_PYTHON ?= $(VENV)/bin/python
 OMNIGLOT ?= ../shared/data/omniglot
 
+GPU_HT = $(GPU_PYTHON) -c "from mini_ht.cli import main; main()"
+
 gpu: $(READY)
 	@$(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
 	  { echo "make gpu needs a CUDA device, and torch sees none here."; exit 1; }
 	set -e -o pipefail; \
 	out=results/gpu/$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
 	mkdir -p $$out; \
-	$(GPU_PYTHON) -m pytest tests/test_triton.py 2>&1 | tee $$out/tests.txt; \
+	$(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_device.py 2>&1 | tee $$out/tests.txt; \
 	$(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $$out/compile_report.txt; \
 	$(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $$out 2>&1 | tee $$out/benchmark.txt; \
-	$(GPU_PYTHON) -c "from mini_ht.cli import main; main()" train omniglot-20way-1shot-8ch --minutes 1 --data-dir $(OMNIGLOT) \
+	for impl in auto torch; do for count in 16 64; do \
+	  $(GPU_HT) bench train omniglot-20way-1shot-8ch --episodes-per-step $$count --impl $$impl --json; \
+	done; done 2>&1 | tee $$out/training_speed.txt; \
+	$(GPU_HT) train omniglot-20way-1shot-8ch --minutes 1 --episodes-per-step 64 --data-dir $(OMNIGLOT) \
 	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt
 
 clean:

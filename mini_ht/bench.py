@@ -4,6 +4,8 @@ import statistics
 import time
 from typing import Any
 
+import torch
+
 from mini_ht.config import Config
 from mini_ht.datasets import open_dataset
 from mini_ht.training.loop import Trainer
@@ -24,17 +26,18 @@ class Stopwatch:
         self.last = now
 
 
-def bench_training(config: Config, workers: int = 0, steps: int = STEPS) -> dict[str, Any]:
+def bench_training(config: Config, workers: int = 0, steps: int = STEPS, impl: str = "auto") -> dict[str, Any]:
     """Train on glyphs of the preset's image size for a few steps.
 
     Returns:
         episodes_per_second (from the median step), episodes_per_step, workers, and `share`: the fraction of the main
-        process's time spent in sample, generate, classify, backward, wait (for other processes) and optimise.
+        process's time spent in sample, generate, classify, backward, wait (for other processes) and optimise; on a GPU
+        in sample and in step, all the rest, and there is `peak_memory_mb`, that of the step.
     """
     images = open_dataset("glyphs", size=config.image_size)["train"]
     if config.image_channels > 1:
         images = type(images)(images.pixels.repeat(config.image_channels, -1), images.counts, images.names)
-    trainer = Trainer(config, images, workers)
+    trainer = Trainer(config, images, workers, impl=impl)
     try:
         for _ in range(WARM_UP):
             trainer.step(1e-6)
@@ -44,11 +47,13 @@ def bench_training(config: Config, workers: int = 0, steps: int = STEPS) -> dict
             trainer.step(1e-6, watch)
             times.append(time.perf_counter() - start)
     finally:
-        trainer.workers.close()
+        trainer.close()
     total = sum(watch.seconds.values())
+    memory = {"peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)} if trainer.graph else {}
     return {
         "episodes_per_second": round(config.episodes_per_step / statistics.median(times), 1),
         "episodes_per_step": config.episodes_per_step,
-        "workers": 1 + len(trainer.workers.processes),
+        "workers": 1 + len(trainer.workers.processes) if trainer.workers else 1,
         "share": {name: round(seconds / total, 3) for name, seconds in watch.seconds.items()},
+        **memory,
     }

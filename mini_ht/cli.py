@@ -84,6 +84,8 @@ class Bench:
     what: Annotated[Positional[Literal["train"]], arg(help="What to time.")]
     preset: Name = QUICKSTART
     workers: Annotated[int, arg(help="Processes that share a step; 0 takes one a core.")] = 0
+    episodes_per_step: Annotated[int | None, arg(help="Default: the preset's.")] = None
+    impl: Annotated[Literal["auto", "torch", "triton"], arg(help="Who computes the conv blocks on a GPU.")] = "auto"
     json: Json = False
 
 
@@ -137,7 +139,10 @@ def bench(options: Bench) -> None:
     """Time training steps and print the figures."""
     from mini_ht.bench import bench_training
 
-    figures = {"preset": options.preset, **bench_training(preset(options.preset), options.workers)}
+    config = preset(options.preset)
+    if options.episodes_per_step is not None:
+        config = replace(config, episodes_per_step=options.episodes_per_step)
+    figures = {"preset": options.preset, **bench_training(config, options.workers, impl=options.impl)}
     share = ", ".join(f"{name} {part:.0%}" for name, part in figures["share"].items())
     speed = f"{figures['episodes_per_second']} episodes/s, {figures['episodes_per_step']} a step"
     text = f"{options.preset}: {speed}, {figures['workers']} processes\ntime of the main process: {share}"

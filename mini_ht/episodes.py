@@ -1,6 +1,7 @@
 """Episodes: few-shot tasks drawn from a set of images, a whole batch at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,22 @@ class Episodes:
     query_rows: Integers  # like query_labels
 
 
-def sample(
+@dataclass(frozen=True)
+class Choice:
+    """Which images make a batch of episodes, before any pixel is touched; k = unlabelled + shot."""
+
+    classes: Integers  # [E, way]
+    turns: Integers  # [E, way], quarter circles, and 4 more for a mirrored class
+    labels: Integers  # [E, way, k]
+    support_rows: Integers  # [E, way, k]
+    query_rows: Integers  # [E, way, queries]
+
+    def of(self, part: slice) -> "Choice":
+        """Some of the episodes."""
+        return Choice(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+def choose(
     images: ImageSet,
     rng: np.random.Generator,
     episodes: int,
@@ -36,25 +52,8 @@ def sample(
     rotate: bool = False,
     mirror: bool = False,
     protocol: str = "disjoint",
-    part: slice = slice(None),
-) -> Episodes:
-    """Draw a batch of episodes.
-
-    Args:
-        images: at least `way` classes of at least shot + unlabelled + queries images.
-        rng: all chance comes from it; equal generators give equal episodes.
-        episodes: E.
-        way, shot, queries, unlabelled: classes, and images a class in the support set (labelled), in the query set, and
-            in the support set (unlabelled). Labels 0 .. way-1 go to the drawn classes at random.
-        rotate: turn each class of an episode by a random multiple of 90 degrees, support and query alike.
-        mirror: mirror each class of an episode or not, at random, support and query alike.
-        protocol: "disjoint" keeps support images out of the query; "released" draws the two independently, as the
-            released code does.
-        part: of the E episodes drawn, those whose images are wanted (a worker's share).
-
-    Raises:
-        InputError: too few classes or images.
-    """
+) -> Choice:
+    """Draw which images make a batch of episodes; arguments and errors are those of `sample`."""
     if min(way, shot, queries) < 1 or unlabelled < 0:
         came = f"way {way}, shot {shot}, queries {queries}, unlabelled {unlabelled} came"
         raise InputError(f"{came}; wanted at least 1, 1, 1 and 0")
@@ -78,23 +77,46 @@ def sample(
         support_drawn, query_drawn = drawn[..., :support_count], drawn[..., support_count:]
     else:
         support_drawn, query_drawn = draw(rng, counts, support_count), draw(rng, counts, queries)
-    # [E, way]: quarter circles, and 4 more for a mirrored class
     turns = rng.integers(0, 4 if rotate else 1, classes.shape) + 4 * rng.integers(0, 2 if mirror else 1, classes.shape)
-
-    classes, turns = classes[part], turns[part]
+    labels = np.broadcast_to(np.arange(way)[:, None], support_drawn.shape).copy()  # [E, way, support_count]
+    labels[..., :unlabelled] = -1
     first = images.starts[classes][..., None]  # [E, way, 1]
-    support_rows, query_rows = first + support_drawn[part], first + query_drawn[part]
-    support_labels = np.broadcast_to(np.arange(way)[:, None], support_rows.shape).copy()  # [E, way, support_count]
-    support_labels[..., :unlabelled] = -1
-    query_labels = np.broadcast_to(np.arange(way)[:, None], query_rows.shape)  # [E, way, queries]
+    return Choice(classes, turns, labels, first + support_drawn, first + query_drawn)
+
+
+def sample(
+    images: ImageSet, rng: np.random.Generator, episodes: int, *, part: slice = slice(None), **task: Any
+) -> Episodes:
+    """Draw a batch of episodes.
+
+    Args:
+        images: at least `way` classes of at least shot + unlabelled + queries images.
+        rng: all chance comes from it; equal generators give equal episodes.
+        episodes: E.
+        part: of the E episodes drawn, those whose images are wanted (a worker's share).
+        task: what `choose` takes: way, shot, queries, unlabelled are classes, and images a class in the support set
+            (labelled), in the query set, and in the support set (unlabelled), and labels 0 .. way-1 go to the drawn
+            classes at random; rotate turns each class of an episode by a random multiple of 90 degrees, support and
+            query alike; mirror mirrors it or not; protocol "disjoint" keeps support images out of the query,
+            "released" draws the two independently, as the released code does.
+
+    Raises:
+        InputError: too few classes or images.
+    """
+    return look_up(images, choose(images, rng, episodes, **task).of(part))
+
+
+def look_up(images: ImageSet, choice: Choice) -> Episodes:
+    """The chosen images, turned: [E, way, k] of them become [E, way * k]."""
+    episodes, way, queries = choice.query_rows.shape
     return Episodes(
-        support=pixels(images, support_rows, turns),
-        labels=support_labels.reshape(len(classes), -1),  # [E, way, k] -> [E, way * k], like the others
-        query=pixels(images, query_rows, turns),
-        query_labels=query_labels.reshape(len(classes), -1),
-        classes=classes,
-        support_rows=support_rows.reshape(len(classes), -1),
-        query_rows=query_rows.reshape(len(classes), -1),
+        support=pixels(images, choice.support_rows, choice.turns),
+        labels=choice.labels.reshape(episodes, -1),
+        query=pixels(images, choice.query_rows, choice.turns),
+        query_labels=np.tile(np.arange(way).repeat(queries), (episodes, 1)),
+        classes=choice.classes,
+        support_rows=choice.support_rows.reshape(episodes, -1),
+        query_rows=choice.query_rows.reshape(episodes, -1),
     )
 
 

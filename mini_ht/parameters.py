@@ -177,9 +177,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[np.floating]],
 
 
 def load_pretrained(name: str = "omniglot") -> tuple[dict[str, NDArray[np.floating]], Config]:
-    """Parameters (NumPy, float32) and config of a generator that comes with the package; docs/pretrained.md has its card.
+    """Parameters (NumPy, float32) and config of a generator that comes with the package.
 
-    "omniglot": preset omniglot-20way-1shot-8ch after 40 minutes. Raises InputError for an unknown name.
+    "omniglot": 20-way 1-shot, 8 channels, after 40 minutes; its card is docs/pretrained.md. Raises InputError for an
+    unknown name.
     """
     known = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
     if name not in known:

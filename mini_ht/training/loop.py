@@ -19,6 +19,7 @@ from mini_ht.errors import InputError
 from mini_ht.evaluation import affordable_queries, evaluate, evaluation_episodes
 from mini_ht.parameters import CHECKPOINT, draw_parameters
 from mini_ht.training.checkpoint import STATE, State, load_run, save_run
+from mini_ht.training.device import DeviceStep, set_gradient
 from mini_ht.training.flat import Layout
 from mini_ht.training.log import METRICS, Log, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
@@ -44,52 +45,66 @@ def interrupts_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def adamw(config: Config, state: State) -> torch.optim.AdamW:
+    """AdamW on the state's vector and moments: decay shrinks matrices, not biases and gains."""
+    matrices = Layout(config).matrices
+    # Two leaves that share the vector's memory.
+    parts = (slice(0, matrices), slice(matrices, None))
+    leaves = [state.vector[part] for part in parts]
+    groups = [{"params": [leaf], "weight_decay": x} for leaf, x in zip(leaves, (config.weight_decay, 0.0), strict=True)]
+    on_gpu = state.vector.device.type == "cuda"
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, capturable=on_gpu)
+    for leaf, part in zip(leaves, parts, strict=True):
+        optimiser.state[leaf] = {
+            "step": torch.tensor(float(state.step), device=leaf.device),
+            "exp_avg": state.first_moment[part],
+            "exp_avg_sq": state.second_moment[part],
+        }
+    return optimiser
+
+
 class Trainer:
     """The state of a training, and one step of it."""
 
-    def __init__(self, config: Config, images: ImageSet, workers: int = 0, state: State | None = None) -> None:
-        """workers: processes that share each step; 0 takes one a core, 1 with a GPU."""
+    def __init__(
+        self, config: Config, images: ImageSet, workers: int = 0, state: State | None = None, impl: str = "auto"
+    ) -> None:
+        """workers: processes that share each step; 0 takes one a core. With a GPU there is one, and impl is heard."""
         self.config, self.layout = config, Layout(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.state = state or fresh_state(config, self.device)
         if self.device.type == "cpu":
             self.state.vector.share_memory_()
-        matrices = self.layout.matrices
-        vector = self.state.vector
-        # Two leaves that share the vector's memory: decay shrinks matrices, not biases and gains.
-        self.leaves = [vector[:matrices], vector[matrices:]]
-        decays = zip(self.leaves, (config.weight_decay, 0.0), strict=True)
-        groups = [{"params": [leaf], "weight_decay": decay} for leaf, decay in decays]
-        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        for leaf, part in zip(self.leaves, (slice(0, matrices), slice(matrices, None)), strict=True):
-            self.optimiser.state[leaf] = {
-                "step": torch.tensor(float(self.state.step), device=self.device),
-                "exp_avg": self.state.first_moment[part],
-                "exp_avg_sq": self.state.second_moment[part],
-            }
+        self.optimiser = adamw(config, self.state)
         if workers < 0:
             raise InputError(f"workers is {workers}; wanted 0 (one a core) or more")
-        count = workers or (1 if self.device.type == "cuda" else os.cpu_count() or 1)
-        self.workers = Workers(config, images, vector, min(count, config.episodes_per_step))
+        # A GPU takes whole steps; cores share the gradient of each.
+        on_gpu = self.device.type == "cuda"
+        self.graph = DeviceStep(config, images, self.state, self.optimiser, impl) if on_gpu else None
+        count = min(workers or os.cpu_count() or 1, config.episodes_per_step)
+        self.workers = None if on_gpu else Workers(config, images, self.state.vector, count)
 
     def step(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
         """One update with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm.
 
         Raises InputError, with the parameters unchanged, when loss or gradient is not a number.
         """
+        if self.graph:
+            with interrupts_wait():
+                loss, accuracy, norm = self.graph(rate, clock)
+                self.check(loss, norm)
+                self.state.step += 1
+            return loss, accuracy, norm
+        assert self.workers
         gradient, figures = self.workers.gradient(self.state.step, clock)
         loss, accuracy = figures.tolist()
         norm = float(gradient.norm())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            came = f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}"
-            advice = "the last good checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
-            raise InputError(f"{came}; {advice}")
+        self.check(loss, norm)
         if self.config.clip and norm > self.config.clip:
             gradient *= self.config.clip / norm
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        for leaf, part in zip(self.leaves, gradient.split([len(leaf) for leaf in self.leaves]), strict=True):
-            leaf.grad = part
+        set_gradient(self.optimiser, gradient)
         with interrupts_wait():
             self.optimiser.step()
             if self.config.ema:
@@ -97,6 +112,19 @@ class Trainer:
             self.state.step += 1
         clock("optimise")
         return loss, accuracy, norm
+
+    def check(self, loss: float, norm: float) -> None:
+        """Stop a training whose numbers broke down."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        came = f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}"
+        advice = "the last good checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
+        raise InputError(f"{came}; {advice}")
+
+    def close(self) -> None:
+        """End the other processes."""
+        if self.workers:
+            self.workers.close()
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -174,7 +202,7 @@ def train(
             log = Log(run_dir / METRICS, board, config, state, quiet)
             run(trainer, images.get("validation"), run_dir, log)
     finally:
-        trainer.workers.close()
+        trainer.close()
     return state
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
-from mini_ht.episodes import Episodes, sample, shifted
+from mini_ht.episodes import Choice, Episodes, choose, look_up, shifted
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.training.flat import Layout
@@ -25,16 +26,24 @@ TRAINING_STREAM = 1  # keeps training episodes apart from others drawn with the 
 Clock = Callable[[str], None]
 
 
-def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
-    """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted."""
+def training_choice(config: Config, images: ImageSet, step: int) -> tuple[Choice, NDArray[np.integer]]:
+    """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted.
+
+    Returns which images, and how far each is moved, rows and columns: [E, n + m, 2].
+    """
     rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
-    turns: dict[str, Any] = {"rotate": config.rotate, "mirror": config.mirror}
-    batch = sample(images, rng, config.episodes_per_step, part=part, **turns, **config.task)
+    choice = choose(images, rng, config.episodes_per_step, rotate=config.rotate, mirror=config.mirror, **config.task)
+    count = config.way * (config.unlabelled + config.shot + config.queries)
+    return choice, rng.integers(-config.shift, config.shift + 1, (config.episodes_per_step, count, 2))
+
+
+def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
+    """The images of some of a step's episodes."""
+    choice, offsets = training_choice(config, images, step)
+    batch = look_up(images, choice.of(part))
     if not config.shift:
         return batch
-    count = config.way * (config.unlabelled + config.shot + config.queries)
-    offsets = rng.integers(-config.shift, config.shift + 1, (config.episodes_per_step, count, 2))[part]
-    support, query = np.split(offsets, [batch.labels.shape[1]], axis=1)  # [E, n, 2] and [E, m, 2]
+    support, query = np.split(offsets[part], [batch.labels.shape[1]], axis=1)  # [E, n, 2] and [E, m, 2]
     return dataclasses.replace(batch, support=shifted(batch.support, support), query=shifted(batch.query, query))
 
 
@@ -44,6 +53,26 @@ def storage_dtype(config: Config, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
+def query_loss(
+    config: Config,
+    parameters: Mapping[str, Tensor],
+    images: tuple[Tensor, Tensor],
+    labels: tuple[Tensor, Tensor],
+    clock: Clock = lambda name: None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of the generated CNNs on their queries, and their accuracy (no gradient); nothing waits for a device.
+
+    images and labels are those of the support set and of the query set: [E, n, ...] and [E, m, ...].
+    """
+    cnn = generate(parameters, config, images[0], labels[0], impl=impl, check=False)
+    clock("generate")
+    logits, targets = cnn(images[1]).flatten(0, 1), labels[1].flatten()  # [E * m, way] and [E * m]
+    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+    clock("classify")
+    return loss, (logits.detach().argmax(-1) == targets).to(loss.dtype).mean()
 
 
 def gradient(
@@ -65,18 +94,13 @@ def gradient(
         torch.from_numpy(array).to(device) for array in (batch.support, batch.labels, batch.query, batch.query_labels)
     )
     clock("sample")
-    share = len(batch.support) / config.episodes_per_step
     dtype = storage_dtype(config, device)
-    cnn = generate(parameters, config, support.to(dtype), labels, check=False)
-    clock("generate")
-    logits = cnn(query.to(dtype)).flatten(0, 1)  # [E * m, way]
-    loss = F.cross_entropy(logits, targets.flatten(), label_smoothing=config.label_smoothing) * share
-    clock("classify")
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    loss, accuracy = query_loss(config, parameters, (support.to(dtype), query.to(dtype)), (labels, targets), clock)
+    share = len(batch.support) / config.episodes_per_step
+    gradients = torch.autograd.grad(loss * share, list(parameters.values()))
     result = torch.cat([part.flatten() for part in gradients])  # [size]
     clock("backward")
-    accuracy = (logits.detach().argmax(-1) == targets.flatten()).to(loss.dtype).mean() * share
-    return result, torch.stack([loss.detach(), accuracy])
+    return result, torch.stack([loss.detach(), accuracy]) * share
 
 
 class Workers:
