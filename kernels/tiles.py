@@ -1,9 +1,18 @@
 """Which form, tile and number of warps a kernel gets: one table, by channels and bytes of a value.
 
-Chosen so that every entry compiles without spilling registers (`python -m mini_ht.kernels.compile_report`).
+Chosen so that every entry compiles without spilling registers (`python -m mini_ht.kernels.compile_report`). A list in
+the file that MINI_HT_TILES names, made for one GPU by `python -m mini_ht.kernels.tune`, goes before the table.
 """
 
+import functools
+import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mini_ht.errors import InputError
+
+LIST = "MINI_HT_TILES"
 
 LARGEST = 64  # channels
 # Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
@@ -28,11 +37,37 @@ def padded(channels: int, least: int) -> int:
     return max(least, 1 << (channels - 1).bit_length())
 
 
+def job_key(job: str, inputs: int, outputs: int, dtype: str, precision: str) -> str:
+    """The name of a job in a list of tiles; only float32 has products of several precisions."""
+    return f"{job} {inputs}-{outputs} {dtype}" + (f" {precision}" if dtype == "float32" else "")
+
+
+@functools.cache
+def listed(file: str) -> dict[str, Tile]:
+    """The tiles of a list; InputError for a file that cannot be read or holds something else."""
+    try:
+        return {key: Tile(**fields) for key, fields in json.loads(Path(file).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{LIST} names {file}, which is no list of tiles ({error}); make one with "
+                         "'python -m mini_ht.kernels.tune', or unset it") from error  # fmt: skip
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """What a search tries beside a tile: more and fewer windows, warps and stages."""
+    windows = [count for count in (tile.windows // 2, tile.windows, 2 * tile.windows) if 16 <= count <= 256]
+    found = [replace(tile, windows=w, warps=n, stages=s) for w in windows for n in (4, 8) for s in (1, 2)]
+    return [other for other in found if other != tile]
+
+
 def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopper: bool = True) -> Tile:
     """The tile of a job, "forward", "input" or "weight", for float16, bfloat16 or float32 values.
 
     hopper: compute capability 9 or more, where tensor cores read their operands from shared memory.
     """
+    if os.environ.get(LIST) and (
+        found := listed(os.environ[LIST]).get(job_key(job, inputs, outputs, dtype, precision))
+    ):
+        return found
     tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
     if dtype == "float32":
         return for_float32(tile, precision, job)

@@ -1,6 +1,7 @@
 """The HyperTransformer: from a support set to the weights of a CNN, layer by layer (paper, section 4.1)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from mini_ht.arrays import Array, as_indices, namespace
 from mini_ht.attention import encoder
@@ -80,21 +81,30 @@ def conv_weights(
     return (weight if learned is None else weight + learned[None]), bias
 
 
-def generated_slices(
-    parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Array | None
-) -> Array:
-    """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length].
+def layer_tokens(
+    parameters: Mapping[str, Array], layer: Layer, x: Array, labels: Array, shared: Array, mask: Array | None
+) -> tuple[Array, Array | None]:
+    """What one layer's transformer reads: placeholders, then support images, [E, placeholders + n, D].
 
-    support is (labels [E, n], shared features [E, n, width], mask [E, n] or None).
+    x [E, n, h, w, Cin] are the layer's input activations, labels [E, n], shared features [E, n, width]; mask [E, n] or
+    None comes back as [E, placeholders + n], True for what may be attended to.
     """
-    labels, shared, mask = support
     xp = namespace(x)
     samples = support_tokens(parameters, layer, labels, local_features(parameters, layer, x), shared)  # [E, n, D]
     placeholders = placeholder_tokens(parameters, layer, x.shape[0])  # [E, placeholders, D]
     tokens = xp.concat([placeholders, samples], axis=1)  # [E, placeholders + n, D]
-    if mask is not None:
-        always = xp.ones_like(placeholders[..., 0]) > 0  # [E, placeholders]
-        mask = xp.concat([always, mask], axis=1)  # [E, placeholders + n]
+    if mask is None:
+        return tokens, None
+    always = xp.ones_like(placeholders[..., 0]) > 0  # [E, placeholders]
+    return tokens, xp.concat([always, mask], axis=1)
+
+
+def generated_slices(parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Any) -> Array:
+    """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length].
+
+    support is (labels [E, n], shared features [E, n, width], mask [E, n] or None).
+    """
+    tokens, mask = layer_tokens(parameters, layer, x, *support)
     outputs = encoder(parameters, f"{layer.name}.generator", tokens, config, mask, layer.placeholders)
     return read_slices(parameters, layer, config, outputs)
 

@@ -10,11 +10,10 @@ from mini_ht.arrays import Array, as_indices, namespace
 from mini_ht.attention import attention, dense, encoder_layer, layer_norm, split_heads
 from mini_ht.config import Config
 from mini_ht.errors import InputError
-from mini_ht.features import local_features, shared_features
-from mini_ht.generator import generate
+from mini_ht.features import shared_features
+from mini_ht.generator import generate, layer_tokens
 from mini_ht.kernels import conv_block
 from mini_ht.plan import plan
-from mini_ht.tokens import placeholder_tokens, support_tokens
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,8 @@ def attention_maps(
         activations, _ = conv_block(
             activations, conv.weight, conv.gamma, conv.beta, bias=conv.bias, mask=mask, slope=config.slope
         )
-    shared, local = shared_features(parameters, config, support), local_features(parameters, chosen, activations)
-    placeholders = placeholder_tokens(parameters, chosen, len(support))  # [E, placeholders, D]
-    xp = namespace(placeholders)
-    x = xp.concat([placeholders, support_tokens(parameters, chosen, labels, local, shared)], axis=1)  # [E, T, D]
-    seen = None if mask is None else xp.concat([xp.ones_like(placeholders[..., 0]) > 0, mask], axis=1)  # [E, T]
+    shared = shared_features(parameters, config, support)
+    x, seen = layer_tokens(parameters, chosen, activations, labels, shared, mask)  # [E, T, D] and [E, T]
     weights = []
     for index in range(config.layers):
         name = f"{layer}.generator.layer{index}"

@@ -18,9 +18,13 @@ def presets() -> dict[str, Config]:
     table = {QUICKSTART: Config(way=5, queries=5, dataset="glyphs", minutes=1.8, **best)}
     for shot in (1, 5):
         for channels in (4, 6, 8, 16, 32, 48, 64):
-            released = Config(shot=shot, queries=3 if shot == 1 else 5, channels=channels, local_features=channels)
+            released = Config(
+                shot=shot, queries=3 if shot == 1 else 5, channels=channels, local_features=channels,
+                episodes_per_step=24,
+            )  # fmt: skip
+            mine = {"queries": 2 if shot == 1 else 5, "episodes_per_step": 16, "mirror": True, "shift": 2, **best}
             name = f"omniglot-20way-{shot}shot-{channels}ch"
-            table |= {name: dataclasses.replace(released, mirror=True, shift=2, **best), f"{name}-released": released}
+            table |= {name: dataclasses.replace(released, **mine), f"{name}-released": released}
     for shot in (1, 5):
         for channels in (8, 16, 32, 48, 64):
             released = Config(

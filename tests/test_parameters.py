@@ -17,11 +17,23 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as to_bytes
 from strategies import configs, generic_parameters, seeds
 
-from mini_ht import Config, InputError, draw_parameters, generate, load, preset, save, to_numpy, to_torch
+from mini_ht import (
+    Config,
+    InputError,
+    draw_parameters,
+    generate,
+    load,
+    load_pretrained,
+    preset,
+    save,
+    to_numpy,
+    to_torch,
+)
 from mini_ht.datasets.glyphs import glyphs
 from mini_ht.episodes import sample
+from mini_ht.evaluation import evaluate, evaluation_episodes, pixel_nearest_mean
 from mini_ht.kernels import conv_block
-from mini_ht.parameters import FORMAT, PIXEL_GAIN, RESIDUAL_GAIN, generator_size, parameter_table
+from mini_ht.parameters import FORMAT, PIXEL_GAIN, PRETRAINED, RESIDUAL_GAIN, generator_size, parameter_table
 from mini_ht.plan import cnn_size
 
 SMALL = Config(way=3, channels=2, blocks=1, image_size=8, layers=1, shared_features=4)
@@ -298,3 +310,16 @@ def test_sizes():
     assert cnn_size(config) == 9 * 8 + 3 * 9 * 64 + 4 * 16 + 20 * 9
     biased = dataclasses.replace(config, generate_bias=True, generate="2,3")
     assert cnn_size(biased) == cnn_size(config) + 16
+
+
+def test_the_pretrained_generator_is_whole_and_works():
+    """It loads as float32 with every parameter of its config, and tells unseen glyphs apart far above pixels."""
+    parameters, config = load_pretrained()
+    assert {name: x.shape for name, x in parameters.items()} == {n: s for n, (s, _) in parameter_table(config).items()}
+    assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in parameters.values())
+    assert sum(file.stat().st_size for file in PRETRAINED.iterdir()) <= 5e6
+    batches = list(evaluation_episodes(glyphs(2, 40), 40, way=5, shot=1))
+    accuracy, pixels = evaluate(parameters, config, iter(batches)), pixel_nearest_mean(iter(batches))
+    assert accuracy.accuracy > pixels.accuracy + 0.15 and accuracy.accuracy > 0.7
+    with pytest.raises(InputError, match=r"no pretrained generator 'mnist'; choose one of omniglot"):
+        load_pretrained("mnist")
