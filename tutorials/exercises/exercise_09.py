@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mini_ht.kernels import conv2d
-from mini_ht.kernels.problems import Problem  # noqa: F401: for your solutions
-from mini_ht.kernels.reference import conv_max_pool, window_outputs  # noqa: F401: for your solutions
+from mini_ht.kernels.problems import Problem  # noqa: F401 (for your solutions)
+from mini_ht.kernels.reference import conv_max_pool, window_outputs  # noqa: F401 (for your solutions)
 
 pytestmark = pytest.mark.exercise
 
@@ -60,4 +60,5 @@ def test_first_bound_by_arithmetic():
     channels = [128, 8, 32, 512]  # not in order
     assert first_bound_by_arithmetic(channels, 1e12, 1e12) == 8
     assert first_bound_by_arithmetic(channels, 4.8e12, 989e12) == 128
+    assert first_bound_by_arithmetic([64, 96], 4.8e12, 989e12) == 96  # forward alone would say 64
     assert first_bound_by_arithmetic([8, 16], 4.8e12, 989e12) is None
