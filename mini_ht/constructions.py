@@ -76,11 +76,12 @@ def keys_after(first: int, tokens: Array) -> Array:
 def prototype_factor(shot: int, way: int, beta: float, placeholders_as_keys: bool = True) -> float:
     """How many times the class mean a row of `prototypes` is, for `shot` images a class and mean embedding zero.
 
-    At most way * exp(-beta) below its limit: 1, or shot / (shot + 1) with placeholders as keys.
+    At most way * exp(-beta) below its limit: 1, or shot / (shot + 1) with placeholders as keys, which act like one
+    more, empty, image of each class.
     """
     t = math.exp(-beta)  # numerator and denominator are divided by exp(beta), which could overflow
-    extra = 1 + (way - 1) * t if placeholders_as_keys else 0.0
-    return shot * (1 - t) / (shot + (shot * way - shot) * t + extra)
+    limit = shot / (shot + 1) if placeholders_as_keys else 1.0
+    return limit * (1 - t) / (1 + (way - 1) * t)
 
 
 def gradient_step(labels: Array, e: Array, way: int, gamma: float) -> Array:
@@ -88,7 +89,8 @@ def gradient_step(labels: Array, e: Array, way: int, gamma: float) -> Array:
 
     The step, of size gamma, is on the mean cross-entropy of the labelled images, from a start that favours no class:
     dW_i = gamma / n * sum over m of (y_i^m - 1 / way) e^m (appendix A); the last column is the bias, whose embedding is
-    1. Unlabelled images have no part in it. Exact for any number of images a class.
+    1. Unlabelled images have no part in it; without any labelled one there is no change. Exact for any number of images
+    a class.
     """
     xp = namespace(e)
     e = xp.concat([e, 0 * e[..., :1] + 1], axis=-1)  # [E, n, F + 1]
@@ -99,7 +101,7 @@ def gradient_step(labels: Array, e: Array, way: int, gamma: float) -> Array:
     query = placeholders @ as_array(p[:, :way], e)  # [E, way, way]
     key = samples @ as_array(centred, e)  # [E, n, way]
     value = samples @ as_array(r, e)  # [E, n, F + 1]
-    labelled = as_floats(labels >= 0, e).sum(1)[:, None, None]  # [E, 1, 1]
+    labelled = as_floats(labels >= 0, e).sum(1).clip(1)[:, None, None]  # [E, 1, 1]
     return gamma / labelled * (query @ key.mT @ value)
 
 

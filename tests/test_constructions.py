@@ -73,6 +73,13 @@ def test_linear_attention_is_a_gradient_step(library, seed, way, count, gamma):
         assert relative_error(change, -gamma * gradient) <= 1e-12
 
 
+def test_without_labels_there_is_no_step(library):
+    """Only unlabelled images: the logits layer stays as it is."""
+    e = np.random.default_rng(0).standard_normal((1, 3, 4))
+    step = library.back(gradient_step(library.to(np.full((1, 3), -1)), library.to(e), 2, 1.0))
+    assert step.shape == (1, 2, 5) and (step == 0).all()
+
+
 @given(seed=seeds, way=ways, shot=shots)
 def test_a_step_differs_from_class_sums_by_what_classes_share(library, seed, way, shot):
     """The step is gamma / n times each class's sum, less the same vector for all classes (appendix A)."""
