@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +45,8 @@ def embedder(parameters, config, train: ImageSet):
         x = pixels.astype(np.float32) / 255
         return np.concatenate([shared_features(parameters, config, x[None])[0], last(x)], axis=-1)  # [n, F]
 
-    x = np.concatenate([features(part) for part in np.array_split(train.pixels, 40)])
-    labels = np.repeat(np.arange(train.classes), train.counts)
-    within = x - (np.add.reduceat(x, train.starts) / train.counts[:, None])[labels]
+    x = np.concatenate([features(part) for part in np.array_split(train.pixels, 40)])  # [total, F]
+    within = x - (np.add.reduceat(x, train.starts) / train.counts[:, None]).repeat(train.counts, axis=0)
     spread, axes = np.linalg.eigh(within.T @ within / len(x))
     whiten = axes / np.sqrt(spread + 1e-3 * spread.mean())  # [F, F]
     mean = x.mean(0)
@@ -73,11 +71,8 @@ def measure(images: ImageSet, embed, episodes: int, seed: int, settings: list, *
     e = np.concatenate([embed(part) for part in np.array_split(images.pixels, 20)])
     found, way = [], TASK["way"]
     for batch in evaluation_episodes(images, episodes, seed=seed, **TASK):
-        labels, support, query = (
-            batch.labels,
-            e[batch.support_rows],
-            e[batch.query_rows],
-        )  # [E, n], [E, n, F], [E, m, F]
+        labels, support = batch.labels, e[batch.support_rows]  # [E, n], [E, n, F]
+        query = e[batch.query_rows]  # [E, m, F]
         known, truth = labels[0] >= 0, np.repeat(np.arange(way), TASK["unlabelled"] + 1) + 0 * labels  # [n], [E, n]
         weights = {
             "nearest_mean": support[:, known],
@@ -103,8 +98,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")
     parser.add_argument("--part", choices=["test", "validation"], default="test")
     options = parser.parse_args()
-    started, data = time.perf_counter(), open_dataset("omniglot", options.data_dir)
-    generator, settings = mini_ht.load_pretrained("omniglot"), list(GRID)
+    data, generator, settings = open_dataset("omniglot", options.data_dir), mini_ht.load_pretrained(), list(GRID)
     embed = embedder(*generator, data["train"])
     tried = measure(data["validation"], embed, CHOOSING, 1, settings)["two_layers"].mean(-1)  # [settings]
     best = settings[int(tried.argmax())]
@@ -113,15 +107,9 @@ def main() -> None:
     found["two_layers"], found["two_layers_without_suppression"] = found["two_layers"]
     gain = found["two_layers"] - found["labelled_only"]
     figures = {name: dataclasses.asdict(Score.of(rows)) for name, rows in (found | {"gain": gain}).items()}
-    names = ("beta0", "beta1", "alpha", "suppression")
-    summary = {"part": options.part, "episodes": options.episodes, "seed": options.seed, **TASK, **figures}
-    summary["chosen"] = dict(zip(names, best, strict=True))
-    summary["chosen_without_suppression"] = dict(zip(names, settings[plain], strict=True))
-    summary |= {"choosing_episodes": CHOOSING, "settings_tried": len(settings), "validation": float(tried.max())}
-    summary |= {
-        "seconds": round(time.perf_counter() - started, 1),
-        "machine": platform.processor() or platform.machine(),
-    }
+    summary = {"part": options.part, "seed": options.seed, **TASK, **figures}
+    summary["settings"] = {"two_layers": best, "two_layers_without_suppression": settings[plain]}  # in GRID's order
+    summary["validation"] = {"accuracy": float(tried.max()), "episodes": CHOOSING, "settings_tried": len(settings)}
     Path(__file__).with_name("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
