@@ -179,7 +179,8 @@ def train(
         images: "train" and, for the figures on the way, "validation".
         run_dir: where results go; must be new, or hold a run to resume.
         resume: go on from the last checkpoint. By episodes, the result is that of an uninterrupted run.
-        workers: see Trainer.
+        workers: see Trainer. More than one are started anew, so that a script which calls this needs the usual
+            `if __name__ == "__main__"`.
         quiet: no progress bar.
 
     Raises:
