@@ -74,6 +74,21 @@ def test_the_search_takes_what_is_faster_and_right(monkeypatch, capsys):
     assert refine(SMALL, torch.float32, DEVICE, seconds, {}) == {} and "does not run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("inputs", "channels", "kind"), [(3, 8, "float16"), (16, 16, "float16"), (3, 32, "float32"), (16, 16, "float32")]
+)
+def test_tiles_of_older_gpus_give_the_same_numbers(inputs, channels, kind):
+    """What is taken before compute capability 9 computes what the other tiles compute."""
+    problem, dtype = Problem("older", 1, 4, 16, inputs, channels), getattr(torch, kind)
+    shapes = {(inputs, channels), (channels, channels)}
+    jobs = [(job, *shape, kind, "tf32") for job in ("forward", "weight", "input") for shape in shapes]
+    older = {job_key(*job): choose(*job, hopper=False) for job in jobs}
+    assert any(tile != choose(*job) for tile, job in zip(older.values(), jobs, strict=True)) or kind == "float32"
+    with in_force(older):
+        found = gradients(problem, dtype, DEVICE)
+    assert agrees(found, gradients(problem, dtype, DEVICE), tune.TOLERANCE[dtype])
+
+
 def test_agreement_can_fail():
     """A difference above the tolerance is seen in any tensor."""
     a = [torch.ones(3), torch.ones(4)]
