@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mini_ht.errors import InputError
 
@@ -20,7 +21,7 @@ PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
 
 
 # Before compute capability 9, where triton 3.6 or 3.9 spills a few registers: what is taken instead.
-SPARED: dict[tuple[str, str, int, int], dict[str, int]] = {
+SPARED: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("half", "forward", 4, 8): {"pixels": 4},
     ("half", "forward", 8, 8): {"windows": 64, "warps": 8},
     ("half", "input", 8, 8): {"warps": 8},

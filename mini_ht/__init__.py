@@ -1,5 +1,8 @@
 """mini_ht: a transformer reads a few labelled images and writes the weights of a small CNN for exactly that task."""
 
+import importlib
+from typing import Any
+
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
 from mini_ht.errors import InputError
@@ -9,4 +12,13 @@ from mini_ht.presets import preset, presets
 
 __all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "load", "load_pretrained"]
 __all__ += ["preset", "presets", "save", "to_numpy", "to_torch"]
+__all__ += ["HyperTransformerClassifier", "load_classifier"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The classifier as a tool is imported when it is asked for: it brings Pillow, which the model does without."""
+    homes = {"HyperTransformerClassifier": "mini_ht.classifier", "load_classifier": "mini_ht.classifier_file"}
+    if name not in homes:
+        raise AttributeError(f"module 'mini_ht' has no attribute {name!r}")
+    return getattr(importlib.import_module(homes[name]), name)

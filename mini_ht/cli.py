@@ -1,4 +1,4 @@
-"""The command line, `mini-ht train | evaluate | bench | presets`: options come from Config and the classes here."""
+"""The command line, `mini-ht COMMAND`: options come from Config and the classes here and in cli_classifier.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
     from tyro import MISSING_NONPROP
     from tyro.conf import OmitArgPrefixes, Positional, arg
 except ImportError:
-    sys.exit("mini-ht: the command line needs more packages; run: pip install 'mini_ht[train]'")
+    sys.exit("mini-ht: the command line needs more packages; run: pip install 'mini_ht[train]' (or [export])")
 
 USAGE = """mini-ht: a transformer that reads a few labelled images and writes a small CNN for them
 
@@ -28,6 +28,12 @@ USAGE = """mini-ht: a transformer that reads a few labelled images and writes a 
   mini-ht evaluate CHECKPOINT   accuracy of a trained generator on episodes of unseen classes
   mini-ht bench train [PRESET]  training speed on this machine, and where the time goes
   mini-ht presets               what can be trained, with the sizes of generator and generated CNN
+
+  mini-ht adapt CHECKPOINT FOLDER -o classifier.onnx  write a classifier from a folder of images a class
+  mini-ht predict classifier.onnx IMAGE...            the classes of images, with probabilities
+  mini-ht show classifier.onnx                        what is in a classifier; a picture of its kernels
+  mini-ht adapt-many CHECKPOINT FOLDERS -o OUT        classifiers for thousands of such folders
+  mini-ht demo                                        a local page: draw a few symbols, get a classifier
 
 'mini-ht COMMAND --help' explains the options. First time? 'mini-ht train' takes two minutes and needs no data.
 """
@@ -187,27 +193,32 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     return Train(preset=name, config=config)
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
+def run(name: str, arguments: Sequence[str]) -> int:
     """Run one command; on --help or a mistake in its options tyro prints it and exits with 0 or 2."""
-    commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    from mini_ht import cli_classifier, cli_demo
+
+    commands: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
         "train": (Train, train), "evaluate": (Evaluate, evaluate),
-        "bench": (Bench, bench), "presets": (Presets, list_presets),
+        "bench": (Bench, bench), "presets": (Presets, list_presets), **cli_classifier.COMMANDS, **cli_demo.COMMANDS,
     }  # fmt: skip
     if name not in commands:
         raise InputError(f"there is no command {name!r}; choose {', '.join(commands)}")
     kind, action = commands[name]
     default = train_defaults(arguments) if kind is Train else MISSING_NONPROP
-    action(tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default))
+    return action(tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default)) or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for input that can be corrected, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code.
+
+    0, 1 if some of many tasks failed, 2 for input that can be corrected, 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     try:
-        run(arguments[0], arguments[1:])
+        return run(arguments[0], arguments[1:])
     except InputError as error:
         print(f"mini-ht: {error}", file=sys.stderr)
         return 2
@@ -220,4 +231,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nmini-ht: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
-    return 0

@@ -49,23 +49,34 @@ def read_image(source: str | Path | IO[bytes], size: int, channels: int) -> np.n
     """
     if channels not in (1, 3) or size < 1:
         raise InputError(f"got image size {size} and {channels} channels; give a size >= 1 and 1 or 3 channels")
+    image = ImageOps.fit(read_upright(source, channels), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def read_upright(source: str | Path | IO[bytes], channels: int, still: bool = False) -> Image.Image:
+    """The whole image of a file, upright, as grey (channels 1) or RGB (3); what is taken and refused: `read_image`.
+
+    With `still` an animation is refused, too; otherwise its first frame is read.
+    """
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file can unpack to gigabytes
             with Image.open(source) as opened:
+                # MPO is how some phones write a JPEG: the further frames are previews.
+                frames = getattr(opened, "n_frames", 1)
+                if still and frames > 1 and opened.format != "MPO":
+                    raise ValueError(f"it holds {frames} frames, one is wanted")
                 image = _eight_bits(ImageOps.exif_transpose(opened))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # decoders meet damage with errors of nearly every type
         raise InputError(
             f"{name}: not an image that can be read ({type(error).__name__}: {error}); "
             "replace it by a whole PNG, JPEG or other common image file of moderate size, or remove it"
         ) from error
-    return np.asarray(image).reshape(size, size, channels)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,0 +1,105 @@
+"""A classifier as one small file, ONNX or NumPy, checked before it is put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mini_ht.classifier_file import FORMAT, SUFFIXES, OnnxNetwork, installed, pack, unpack
+from mini_ht.errors import InputError
+from mini_ht.files import write_atomically
+from mini_ht.folded import FoldedCNN
+from mini_ht.onnx_graph import onnx_model
+from mini_ht.task_classifier import TaskClassifier
+
+LARGEST_DIFFERENCE = 1e-4  # of logits, between the file as it runs and NumPy
+PREPARING = {
+    "ink": "ink is 1 on paper 0, in the middle, its longer side 18/28 of the picture's, as mini_ht.ink.to_ink does it",
+    "none": "pixels as those of the support images",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and how far its logits were from NumPy's, at most, on the images that it was checked with."""
+
+    path: Path
+    size: int  # bytes
+    difference: float
+
+
+def export(
+    classifier: TaskClassifier,
+    path: str | os.PathLike[str],
+    images: NDArray[np.float32],
+    *,
+    force: bool = False,
+    half: bool = False,
+) -> Report:
+    """Write a classifier as .onnx or .npz, after comparing what the file computes with NumPy.
+
+    Resizing and preparing images is not in the file; its metadata say what images it wants. The norms are folded into a
+    scale and a shift. The same classifier gives the same bytes.
+
+    Args:
+        classifier: from `adapt` or a fitted HyperTransformerClassifier's `task_`.
+        path: where to, ending in .onnx (needs onnx and onnxruntime) or .npz.
+        images: [m, H, W, C] prepared ones to compare on.
+        force: replace a file that is there.
+        half: store the numbers in half precision; NumPy is compared with these.
+
+    Raises:
+        InputError: a file that is there, another suffix, class names that are not text or numbers, packages that are
+            not installed, a folder that cannot be written, or a difference above 1e-4. Then nothing is written.
+    """
+    file = check_target(path, force)
+    network = classifier.network
+    if not isinstance(network, FoldedCNN):
+        raise InputError("this classifier was read from an ONNX file; copy that file, or adapt anew")
+    if half:
+        network = network.half()
+    about = metadata(classifier, network)
+    if file.suffix == ".onnx":
+        installed("onnx")
+        data = onnx_model(network, about, half)
+        written: Any = OnnxNetwork(data)
+    else:
+        data = pack(network, about, half)
+        written = unpack(data)[0]
+    difference = float(np.abs(written(images) - network(images)).max())
+    if not difference <= LARGEST_DIFFERENCE:  # NaN, too
+        raise InputError(f"{file} would differ from NumPy by {difference:.1e} (1e-4 at most); it was not written")
+    write_atomically(file, data)
+    return Report(file, len(data), difference)
+
+
+def check_target(path: str | os.PathLike[str], force: bool, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+    """The path, if a file may be written there; InputError for one that is there, and for another suffix."""
+    file = Path(path)
+    if file.suffix not in suffixes:
+        raise InputError(f"{file} has suffix {file.suffix!r}; wanted {' or '.join(suffixes)}")
+    if file.is_dir() or (file.exists() and not force):
+        raise InputError(f"{file} is there already; choose another name, or replace it with --force (force=True)")
+    return file
+
+
+def metadata(classifier: TaskClassifier, network: FoldedCNN) -> dict[str, str]:
+    """What a file says about itself, as text by name."""
+    classes = classifier.classes_.tolist()
+    if not all(isinstance(name, str | int | float) for name in classes):
+        raise InputError("a class is neither text nor number, and a file cannot hold its name; rename the classes")
+    shape = list(network.image_shape)
+    return {
+        "format": FORMAT,
+        "classes": json.dumps(classes),
+        "images": f"[N, H, W, C] float32 in [0, 1], resized and prepared before: {PREPARING[classifier.preprocess]}",
+        "preprocess": json.dumps({"kind": classifier.preprocess, "polarity": classifier.polarity, "shape": shape}),
+        "slope": repr(float(network.slope)),
+        **classifier.provenance,
+    }
