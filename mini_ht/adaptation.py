@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -14,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.config import Config
+from mini_ht.datasets.glyphs import glyphs
 from mini_ht.errors import InputError
 from mini_ht.folded import fold
 from mini_ht.generator import generate
 from mini_ht.parameters import PRETRAINED, checkpoint_path, load, load_pretrained
 from mini_ht.task_classifier import TaskClassifier, class_array
+
+# A handful of images is little to take norm statistics from; unlabelled strangers beside them help (docs/results.md).
+COMPANIONS = 16
 
 
 @dataclass(frozen=True)
@@ -67,25 +72,43 @@ def open_generator(checkpoint: Any) -> Generator:
     return Generator(single, config, Path(checkpoint).resolve().name)
 
 
+@functools.cache
+def company(config: Config, count: int) -> NDArray[np.float32]:
+    """Built-in characters to join a support set: [count, H, W, C], ink is 1; none for a generator of other images."""
+    if config.image_channels > 1 or config.dataset not in ("omniglot", "glyphs"):
+        count = 0
+    shape = (config.image_size, config.image_size, config.image_channels)
+    if not count:
+        return np.zeros((0, *shape), np.float32)
+    return glyphs(5, count, drawings=1, size=config.image_size).pixels.astype(np.float32) / np.float32(255)
+
+
 def adapt(
-    generator: Generator, tasks: Sequence[Task], preprocess: str = "ink", polarity: str = "auto"
+    generator: Generator,
+    tasks: Sequence[Task],
+    preprocess: str = "ink",
+    polarity: str = "auto",
+    companions: int = COMPANIONS,
 ) -> list[TaskClassifier]:
     """The classifier of each task, with norm "support": it classifies one image alone.
 
     Tasks of different sizes are padded, and what pads is kept out by a mask, so a classifier does not depend on which
     others are made with it. preprocess and polarity say how the images were prepared, and those to come will be.
+    companions: so many unlabelled characters join each support set, if the generator was trained on characters.
 
     Raises InputError for a task of one class, of more classes than the generator serves, or with an empty class.
     """
     for task in tasks:
         _check(task, generator.config.way)
-    most = max(len(task.labels) for task in tasks)
+    others = company(generator.config, companions)  # [k, H, W, C]
+    counts = np.array([len(task.labels) + len(others) for task in tasks])
+    most = counts.max()
     support = np.zeros((len(tasks), most, *generator.image_shape), np.float32)
     labels = np.full((len(tasks), most), -1)
-    for row, task in enumerate(tasks):
-        support[row, : len(task.labels)], labels[row, : len(task.labels)] = task.images, task.labels
-    counts = np.array([[len(task.labels)] for task in tasks])
-    mask = None if (counts == most).all() else np.arange(most) < counts  # [E, n]
+    for row, (task, count) in enumerate(zip(tasks, counts, strict=True)):
+        support[row, :count] = np.concatenate([task.images, others])
+        labels[row, : len(task.labels)] = task.labels
+    mask = None if (counts == most).all() else np.arange(most) < counts[:, None]  # [E, n]
     cnn = generate(generator.parameters, generator.config, support, labels, mask, impl="reference")
     origin = provenance(generator)
     return [
@@ -95,7 +118,7 @@ def adapt(
             image_shape=generator.image_shape,
             preprocess=preprocess,
             polarity=polarity,
-            provenance=origin | {"support": f"{len(task.labels)} images, {int((task.labels < 0).sum())} unlabelled"},
+            provenance=origin | {"support": _counts(task, len(others))},
         )
         for row, task in enumerate(tasks)
     ]
@@ -117,6 +140,11 @@ def provenance(generator: Generator) -> dict[str, str]:
     digest = hashlib.sha256(generator.config.to_json().encode()).hexdigest()[:16]
     version = sys.modules["mini_ht"].__version__
     return {"program": f"mini_ht {version}", "generator": generator.name, "config": digest, "norm": "support"}
+
+
+def _counts(task: Task, others: int) -> str:
+    """What a classifier was made from, in words."""
+    return f"{len(task.labels)} images, {int((task.labels < 0).sum())} unlabelled; {others} characters for company"
 
 
 def _check(task: Task, way: int) -> None:

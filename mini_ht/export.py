@@ -96,10 +96,10 @@ def metadata(classifier: TaskClassifier, network: FoldedCNN) -> dict[str, str]:
         raise InputError("a class is neither text nor number, and a file cannot hold its name; rename the classes")
     shape = list(network.image_shape)
     return {
-        "format": FORMAT,
         "classes": json.dumps(classes),
         "images": f"[N, H, W, C] float32 in [0, 1], resized and prepared before: {PREPARING[classifier.preprocess]}",
         "preprocess": json.dumps({"kind": classifier.preprocess, "polarity": classifier.polarity, "shape": shape}),
         "slope": repr(float(network.slope)),
         **classifier.provenance,
+        "format": FORMAT,  # last, so that a file that was cut short lacks it
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import warnings
 import zlib
@@ -15,7 +16,7 @@ from strategies import cases
 from tolerances import assert_close, assert_different
 
 from mini_ht import InputError, draw_parameters, generate, load_pretrained, save
-from mini_ht.adaptation import Task, adapt, open_generator
+from mini_ht.adaptation import COMPANIONS, Task, adapt, company, open_generator
 from mini_ht.classifier import HyperTransformerClassifier, encode
 from mini_ht.datasets import glyphs
 from mini_ht.folded import fold
@@ -406,3 +407,20 @@ def test_the_front_door_knows_the_classifier():
     assert mini_ht.load_classifier is load_classifier
     with pytest.raises(AttributeError, match="no attribute 'Hypertransformer'"):
         _ = mini_ht.Hypertransformer
+
+
+def test_company_helps_small_tasks():
+    """Two classes of one drawing each: unlabelled company makes a poor classifier a good one; other images get none."""
+    generator = open_generator("omniglot")
+    rng, right = np.random.default_rng(0), {0: [], COMPANIONS: []}
+    drawings = glyphs(2, 40, drawings=6).pixels.reshape(40, 6, 28, 28, 1).astype(np.float32) / 255
+    for _ in range(20):
+        pair = drawings[rng.permutation(40)[:2]]  # [way, 6, H, W, C]
+        task = Task(pair[:, 0], np.arange(2), ("a", "b"))
+        for count, rates in right.items():
+            (classifier,) = adapt(generator, [task], "none", companions=count)
+            logits = classifier.network(pair[:, 1:].reshape(-1, 28, 28, 1))
+            rates.append((logits.argmax(-1) == np.arange(2).repeat(5)).mean())
+    assert np.mean(right[COMPANIONS]) > np.mean(right[0]) + 0.05 and np.mean(right[COMPANIONS]) > 0.85
+    assert len(company(dataclasses.replace(generator.config, image_channels=3), COMPANIONS)) == 0
+    assert len(company(dataclasses.replace(generator.config, dataset="folder"), COMPANIONS)) == 0

@@ -119,7 +119,7 @@ def test_unlabelled_photos_and_hidden_files(call, tmp_path, drawings):
     one, two, three = (tmp_path / f"{name}.npz" for name in "abc")
     assert one.read_bytes() == two.read_bytes() != three.read_bytes()
     assert load_classifier(three).classes_.tolist() == list(NAMES)
-    assert load_classifier(three).provenance["support"] == "7 images, 1 unlabelled"
+    assert load_classifier(three).provenance["support"] == "7 images, 1 unlabelled; 16 characters for company"
 
 
 def test_duplicates_are_warned_of(call, tmp_path):

@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mini_ht.adaptation import COMPANIONS, company
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
-from mini_ht.datasets.glyphs import glyphs
 from mini_ht.demo.drawing import strokes_to_ink
 from mini_ht.demo.messages import CLASSES, Drawing, Refused
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
 
 KEPT = 32  # generated CNNs, 8 kB each for the pretrained generator
-# Unlabelled characters that join every support set: two drawings alone are too few to take norm statistics from.
-COMPANY = 8
 
 
 class Tasks:
@@ -35,8 +33,7 @@ class Tasks:
         self.parameters = {name: array.astype(np.float32) for name, array in parameters.items()}
         self.config = config
         self.most_classes = min(CLASSES, config.way)
-        characters = glyphs(5, COMPANY, drawings=1, size=config.image_size)
-        self.company = characters.pixels.astype(np.float32) / 255  # [COMPANY, H, W, 1]
+        self.company = company(config, COMPANIONS)  # [k, H, W, 1]
         self._kept: OrderedDict[str, tuple[GeneratedCNN, int]] = OrderedDict()
         self._lock = Lock()
 
@@ -51,7 +48,7 @@ class Tasks:
         drawn = [strokes_to_ink(drawing, size) for drawings in classes for drawing in drawings]
         support = np.concatenate([np.stack(drawn), self.company])  # [n, H, W, 1]
         numbers = [len(drawings) for drawings in classes]
-        labels = np.repeat([*range(len(classes)), -1], [*numbers, COMPANY])
+        labels = np.repeat([*range(len(classes)), -1], [*numbers, len(self.company)])
         # With the support set's statistics the CNN classifies one drawing alone.
         cnn = generate(self.parameters, self.config, support, labels).with_norm("support")
         took = time.perf_counter() - start
