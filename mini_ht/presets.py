@@ -22,7 +22,7 @@ def presets() -> dict[str, Config]:
                 shot=shot, queries=3 if shot == 1 else 5, channels=channels, local_features=channels,
                 episodes_per_step=24,
             )  # fmt: skip
-            mine = {"queries": 2 if shot == 1 else 5, "episodes_per_step": 16, "mirror": True, "shift": 2, **best}
+            mine = {"episodes_per_step": 16, "mirror": True, "shift": 2, **best}
             name = f"omniglot-20way-{shot}shot-{channels}ch"
             table |= {name: dataclasses.replace(released, **mine), f"{name}-released": released}
     for shot in (1, 5):

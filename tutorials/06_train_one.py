@@ -286,7 +286,7 @@ print(f"... and {len(presets()) - 3} more")
 #     mini-ht evaluate runs/omniglot --episodes 1000 --json
 #
 # On two cores of a Xeon, shared with other work, this gave 90.28 +- 0.27 % on 20-way 1-shot with unseen characters:
-# 1,000 episodes, disjoint, norm ``batch``. 7.5 minutes gave 87.23 +- 0.31 %. Pixels reach 24.61 %, chance is 5 %;
+# 1,000 episodes, disjoint, norm ``batch``. 7.5 minutes gave 88.99 +- 0.28 %. Pixels reach 24.61 %, chance is 5 %;
 # ``docs/results.md`` has it all.
 #
 # The 40-minute generator comes with the package. We measure it on Omniglot's test characters where
