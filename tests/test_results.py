@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,15 +16,40 @@ ROOT = Path(__file__).parents[1]
 OMNIGLOT = Path(os.environ.get("MINI_HT_OMNIGLOT", ROOT / "../shared/data/omniglot")).resolve()
 
 
-@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason="no Omniglot archives; name their folder in MINI_HT_OMNIGLOT")
+needs_omniglot = pytest.mark.skipif(
+    not OMNIGLOT.is_dir(), reason="no Omniglot archives; name their folder in MINI_HT_OMNIGLOT"
+)
+
+
+def load(file: Path, folder: Path) -> ModuleType:
+    """A script as a module, from a copy in `folder`, as it writes beside itself."""
+    spec = importlib.util.spec_from_file_location(file.parent.name, shutil.copy(file, folder))
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@needs_omniglot
+def test_company(tmp_path, monkeypatch):
+    """One task and two crowds, few episodes: the rows have every figure of the committed ones, and company helps."""
+    file = ROOT / "results/company/measure.py"
+    script = load(file, tmp_path)
+    for name, values in {"WAYS": (2,), "SHOTS": (1,), "COMPANY": (0, 16)}.items():
+        monkeypatch.setattr(script, name, values)
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--data-dir", str(OMNIGLOT), "--episodes", "32"])
+    script.main()
+    rows, committed = (json.loads((place / "validation.json").read_text()) for place in (tmp_path, file.parent))
+    assert rows[0].keys() == committed[0].keys() and [row["company"] for row in rows] == [0, 16]
+    assert rows[0]["gain"] == 0 and rows[1]["gain"] > 0.05 and rows[1]["loss"] < rows[0]["loss"]
+
+
+@needs_omniglot
 def test_unlabelled_embeddings(tmp_path, monkeypatch, capsys):
     """Few episodes and two settings: the summary has every figure of the committed one, and the same settings win."""
     file = ROOT / "results/unlabelled-embeddings/measure.py"
     committed = json.loads(file.with_name("summary.json").read_text())
-    spec = importlib.util.spec_from_file_location("measure", shutil.copy(file, tmp_path))  # writes beside itself
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load(file, tmp_path)
     monkeypatch.setattr(script, "CHOOSING", 16)
     monkeypatch.setattr(script, "GRID", [tuple(setting) for setting in committed["settings"].values()])
     monkeypatch.setattr(sys, "argv", ["measure.py", "--data-dir", str(OMNIGLOT), "--episodes", "24"])
