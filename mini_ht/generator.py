@@ -86,17 +86,15 @@ def layer_tokens(
 ) -> tuple[Array, Array | None]:
     """What one layer's transformer reads: placeholders, then support images, [E, placeholders + n, D].
 
-    x [E, n, h, w, Cin] are the layer's input activations, labels [E, n], shared features [E, n, width]; mask [E, n] or
-    None comes back as [E, placeholders + n], True for what may be attended to.
+    x [E, n, h, w, Cin]: the layer's input; labels [E, n]; shared [E, n, width]; mask [E, n] or None, which grows, too.
     """
     xp = namespace(x)
     samples = support_tokens(parameters, layer, labels, local_features(parameters, layer, x), shared)  # [E, n, D]
     placeholders = placeholder_tokens(parameters, layer, x.shape[0])  # [E, placeholders, D]
     tokens = xp.concat([placeholders, samples], axis=1)  # [E, placeholders + n, D]
-    if mask is None:
-        return tokens, None
-    always = xp.ones_like(placeholders[..., 0]) > 0  # [E, placeholders]
-    return tokens, xp.concat([always, mask], axis=1)
+    if mask is not None:  # placeholders, too, may always be attended to
+        mask = xp.concat([xp.ones_like(placeholders[..., 0]) > 0, mask], axis=1)  # [E, placeholders + n]
+    return tokens, mask
 
 
 def generated_slices(parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Any) -> Array:
