@@ -6,9 +6,9 @@ import threading
 import webbrowser
 from dataclasses import dataclass
 
+from mini_ht.adaptation import open_generator
 from mini_ht.demo.server import DemoServer
 from mini_ht.demo.tasks import Tasks
-from mini_ht.parameters import PRETRAINED, load, load_pretrained
 
 
 @dataclass
@@ -28,9 +28,8 @@ class Demo:
 
 def demo(options: Demo) -> None:
     """Serve the page until Ctrl-C. Raises InputError for a port or a checkpoint that cannot be had."""
-    comes_with_us = (PRETRAINED / f"{options.checkpoint}.safetensors").is_file()
-    parameters, config = load_pretrained(options.checkpoint) if comes_with_us else load(options.checkpoint)
-    with DemoServer(Tasks(parameters, config), options.port) as server:
+    generator = open_generator(options.checkpoint)
+    with DemoServer(Tasks(generator.parameters, generator.config), options.port) as server:
         try:
             print(f"mini-ht demo: {server.url} (Ctrl-C ends it)", flush=True)
             if options.open:  # a browser in the terminal would keep this thread

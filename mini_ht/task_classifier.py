@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mini_ht.attention import softmax
 from mini_ht.ink import prepare
 
 
@@ -34,12 +35,6 @@ class TaskClassifier:
     def predict_proba(self, images: Sequence[Any] | NDArray[Any]) -> NDArray[np.floating]:
         """Probabilities [m, way], in the order of `classes_`."""
         return softmax(self.network(self.prepare(images)))
-
-
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Logits [m, way] -> probabilities."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
 
 
 def class_array(names: Sequence[Any]) -> NDArray[Any]:

@@ -67,7 +67,6 @@ def test_a_tutorial_runs(file):
     assert taken[file.stem] <= SECONDS, taken
 
 
-@pytest.mark.skipif(len(TUTORIALS) == 0, reason="no tutorials")
 def test_all_tutorials_fit_an_afternoon():
     """In test size they take six minutes of one core together."""
     if len(taken) < len(TUTORIALS):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.adaptation import COMPANIONS, company
+from mini_ht.attention import softmax
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
 from mini_ht.demo.drawing import strokes_to_ink
@@ -77,9 +78,9 @@ class Tasks:
             self._kept.move_to_end(name)
             cnn, way = self._kept[name]
         logits = cnn(strokes_to_ink(strokes, self.config.image_size)[None])[0, :way].astype(np.float64)  # [way]
-        odds = np.exp(logits - logits.max())
+        probabilities = softmax(logits).tolist()
         took = time.perf_counter() - start
-        return {"probabilities": (odds / odds.sum()).tolist(), "milliseconds": round(1000 * took, 2)}
+        return {"probabilities": probabilities, "milliseconds": round(1000 * took, 2)}
 
 
 def rounded(array: NDArray[np.floating]) -> list[Any]:
