@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.config import Config
-from mini_ht.datasets.glyphs import glyphs
 from mini_ht.errors import InputError
 from mini_ht.folded import fold
 from mini_ht.generator import generate
 from mini_ht.parameters import PRETRAINED, checkpoint_path, load, load_pretrained
 from mini_ht.task_classifier import TaskClassifier, class_array
 
-# A handful of images is little to take norm statistics from; unlabelled strangers beside them help (docs/results.md).
-COMPANIONS = 16
+PASS = 8  # tasks that share a pass of the generator: more no longer fit the caches
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,15 @@ class Generator:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images that it reads."""
         return (self.config.image_size, self.config.image_size, self.config.image_channels)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over the parameters, sorted by name: each one's name, shape and bytes."""
+        found = hashlib.sha256()
+        for name, array in sorted(self.parameters.items()):
+            found.update(f"{name} {list(array.shape)}".encode())
+            found.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+        return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -72,56 +81,37 @@ def open_generator(checkpoint: Any) -> Generator:
     return Generator(single, config, Path(checkpoint).resolve().name)
 
 
-@functools.cache
-def company(config: Config, count: int) -> NDArray[np.float32]:
-    """Built-in characters to join a support set: [count, H, W, C], ink is 1; none for a generator of other images."""
-    if config.image_channels > 1 or config.dataset not in ("omniglot", "glyphs"):
-        count = 0
-    shape = (config.image_size, config.image_size, config.image_channels)
-    if not count:
-        return np.zeros((0, *shape), np.float32)
-    return glyphs(5, count, drawings=1, size=config.image_size).pixels.astype(np.float32) / np.float32(255)
-
-
 def adapt(
-    generator: Generator,
-    tasks: Sequence[Task],
-    preprocess: str = "ink",
-    polarity: str = "auto",
-    companions: int = COMPANIONS,
+    generator: Generator, tasks: Sequence[Task], preprocess: str = "ink", polarity: str = "auto"
 ) -> list[TaskClassifier]:
     """The classifier of each task, with norm "support": it classifies one image alone.
 
-    Tasks of different sizes are padded, and what pads is kept out by a mask, so a classifier does not depend on which
-    others are made with it. preprocess and polarity say how the images were prepared, and those to come will be.
-    companions: so many unlabelled characters join each support set, if the generator was trained on characters.
+    Tasks of one size share a pass of the generator, which computes each for itself: a classifier is the same to the
+    last bit, whichever others are made with it. preprocess and polarity say how the images were prepared, and those to
+    come will be.
 
     Raises InputError for a task of one class, of more classes than the generator serves, or with an empty class.
     """
     for task in tasks:
         _check(task, generator.config.way)
-    others = company(generator.config, companions)  # [k, H, W, C]
-    counts = np.array([len(task.labels) + len(others) for task in tasks])
-    most = counts.max()
-    support = np.zeros((len(tasks), most, *generator.image_shape), np.float32)
-    labels = np.full((len(tasks), most), -1)
-    for row, (task, count) in enumerate(zip(tasks, counts, strict=True)):
-        support[row, :count] = np.concatenate([task.images, others])
-        labels[row, : len(task.labels)] = task.labels
-    mask = None if (counts == most).all() else np.arange(most) < counts[:, None]  # [E, n]
-    cnn = generate(generator.parameters, generator.config, support, labels, mask, impl="reference")
+    config = dataclasses.replace(generator.config, norm="support")
     origin = provenance(generator)
-    return [
-        TaskClassifier(
-            network=fold(cnn, len(task.classes), row),
-            classes_=class_array(task.classes),
-            image_shape=generator.image_shape,
-            preprocess=preprocess,
-            polarity=polarity,
-            provenance=origin | {"support": _counts(task, len(others))},
-        )
-        for row, task in enumerate(tasks)
-    ]
+    classifiers: dict[int, TaskClassifier] = {}
+    for numbers in _equal_sizes(tasks):
+        support = np.stack([tasks[k].images for k in numbers])  # [E, n, H, W, C]
+        labels = np.stack([tasks[k].labels for k in numbers])  # [E, n]
+        cnn = generate(generator.parameters, config, support, labels, impl="reference")
+        for row, number in enumerate(numbers):
+            task = tasks[number]
+            classifiers[number] = TaskClassifier(
+                network=fold(cnn, len(task.classes), row),
+                classes_=class_array(task.classes),
+                image_shape=generator.image_shape,
+                preprocess=preprocess,
+                polarity=polarity,
+                provenance=origin | {"support": _counts(task)},
+            )
+    return [classifiers[number] for number in range(len(tasks))]
 
 
 def duplicates(images: NDArray[np.floating], labels: NDArray[np.integer]) -> list[tuple[int, int]]:
@@ -138,13 +128,26 @@ def duplicates(images: NDArray[np.floating], labels: NDArray[np.integer]) -> lis
 def provenance(generator: Generator) -> dict[str, str]:
     """Where a classifier comes from. No date or path, so that the same input gives the same file."""
     digest = hashlib.sha256(generator.config.to_json().encode()).hexdigest()[:16]
-    version = sys.modules["mini_ht"].__version__
-    return {"program": f"mini_ht {version}", "generator": generator.name, "config": digest, "norm": "support"}
+    program = f"mini_ht {sys.modules['mini_ht'].__version__}"
+    origin = {"program": program, "generator": generator.name, "config": digest}
+    return origin | {"weights": generator.digest, "norm": "support"}
 
 
-def _counts(task: Task, others: int) -> str:
+def _equal_sizes(tasks: Sequence[Task]) -> Iterator[list[int]]:
+    """The numbers of all tasks, in groups of up to PASS tasks with as many images each."""
+
+    def size(number: int) -> int:
+        return len(tasks[number].labels)
+
+    for _, numbers in itertools.groupby(sorted(range(len(tasks)), key=size), size):
+        group = list(numbers)
+        for start in range(0, len(group), PASS):
+            yield group[start : start + PASS]
+
+
+def _counts(task: Task) -> str:
     """What a classifier was made from, in words."""
-    return f"{len(task.labels)} images, {int((task.labels < 0).sum())} unlabelled; {others} characters for company"
+    return f"{len(task.labels)} images, {int((task.labels < 0).sum())} unlabelled"
 
 
 def _check(task: Task, way: int) -> None:

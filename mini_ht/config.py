@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from mini_ht.errors import InputError
 
+Norm = Literal["batch", "support"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -23,6 +25,7 @@ class Config:
     shot: int = 1  # Labelled support images a class
     queries: int = 3  # Query images a class in a training episode
     unlabelled: int = 0  # Unlabelled support images a class (section 3.2, semi-supervised)
+    vary: int = 0  # Above 0, each training step has its own 2 .. way classes with 1 .. vary images, some unlabelled
     image_size: int = 28  # Height and width of an image, in pixels
     image_channels: int = 1  # 1 for grey, 3 for RGB
 
@@ -30,7 +33,8 @@ class Config:
     channels: int = 8  # Output channels of each conv block
     blocks: int = 4  # Conv blocks; each halves height and width
     slope: float = 0.0  # Slope of the activation for negative inputs: 0 is ReLU, 0.01 the usual leaky ReLU
-    norm: Literal["batch", "support"] = "batch"  # Norm statistics of queries: their own, or the support set's
+    norm: Norm = "batch"  # Norm statistics of queries: their own, or the support set's
+    shrink: float = 0.9  # Norm support: share that statistics learned over training tasks have in the support set's
     generate: str = "all"  # Conv layers that are generated: all, logits (none of them), 1,3 (by number), first2, last2
     generate_bias: bool = False  # Generate a bias for each conv channel, too
     residual_weights: bool = False  # Add learned weights, the same for every task, to the generated conv weights
@@ -51,7 +55,7 @@ class Config:
     readout: Literal["slice", "linear"] = "slice"  # Slices from the token itself (paper) or by a linear map
 
     # The data
-    dataset: Literal["glyphs", "omniglot", "folder"] = "omniglot"  # Where images come from
+    dataset: Literal["glyphs", "omniglot", "folder", "mini-imagenet", "tiered-imagenet"] = "omniglot"  # The images
     split: Literal["random", "alphabet"] = "random"  # Omniglot: 1,150 / 50 / 423 characters, or Lake's alphabets
     rotate: bool = True  # Training turns each class of an episode by a random multiple of 90 degrees
     mirror: bool = False  # Training mirrors each class of an episode or not, at random
@@ -82,6 +86,9 @@ class Config:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at most {most}")
         if self.image_size < 2**self.blocks:
             want = f"{self.blocks} blocks want at least {2**self.blocks} pixels"
             raise InputError(f"image_size {self.image_size} is too small: {want}")
@@ -89,6 +96,8 @@ class Config:
             raise InputError("allocation 'spatial' has no slice for a channel's bias: use 'output' or no generate_bias")
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
             raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
+        if not 0 <= self.shrink <= 1:
+            raise InputError(f"shrink is {self.shrink}; it must lie in [0, 1]")
         _ = self.generated_convs
 
     @property
@@ -100,7 +109,7 @@ class Config:
     def generated_convs(self) -> tuple[int, ...]:
         """Numbers of the generated conv layers, counted from 1, in order."""
         everything = range(1, self.blocks + 1)
-        word = self.generate.replace(" ", "")
+        word = self.generate.replace(" ", "") if len(self.generate) < 1000 else ""  # numbers have an end
         if word in ("all", "logits"):
             return tuple(everything) if word == "all" else ()
         for start in ("first", "last"):
@@ -111,7 +120,7 @@ class Config:
         if all(number.isdecimal() and int(number) in everything for number in numbers):
             return tuple(sorted({int(number) for number in numbers}))
         numbered = f"layer numbers between 1 and {self.blocks} such as 1,3"
-        raise InputError(f"generate is {self.generate!r}; write all, logits, firstK, lastK, or {numbered}")
+        raise InputError(f"generate is {self.generate[:80]!r}; write all, logits, firstK, lastK, or {numbered}")
 
     def to_json(self) -> str:
         """All fields as one line of JSON."""
@@ -119,12 +128,13 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> Config:
-        """The Config that `to_json` wrote; InputError for unknown or missing fields, which another version wrote."""
+        """The Config that `to_json` wrote, here or in an earlier version; InputError for unknown or missing fields."""
         try:
-            fields: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError as error:
+            fields: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the configuration is not JSON: {error}") from error
         known = {field.name for field in dataclasses.fields(Config)}
+        fields = LATER | fields if isinstance(fields, dict) else fields
         if not isinstance(fields, dict) or set(fields) != known:
             differs = sorted(set(fields) ^ known) if isinstance(fields, dict) else [type(fields).__name__]
             where = f"another version of mini_ht: {', '.join(differs)} differ"
@@ -135,9 +145,17 @@ class Config:
 LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
-    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift"], 0),
+    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary"], 0),
     "way": 2,
     "image_channels": 1,
     "key_width": 0.05,
     "value_width": 0.05,
 }
+# A checkpoint from elsewhere must not ask for more than a computer has.
+MOST: dict[str, float] = {
+    **dict.fromkeys(["image_size", "channels", "shared_features", "local_features", "encoding"], 4096),
+    **dict.fromkeys(["blocks", "layers", "heads", "image_channels", "key_width", "value_width", "inner_width"], 100),
+    "way": 10_000,
+}
+# Fields that older checkpoints lack, and what those were trained with.
+LATER: dict[str, Any] = {"vary": 0, "shrink": 0.9}

@@ -1,5 +1,6 @@
 """Accuracy on episodes of unseen classes, with its interval, beside what needs no learning."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.arrays import Array, namespace
-from mini_ht.config import Config
+from mini_ht.config import Config, Norm
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
 from mini_ht.errors import InputError
@@ -53,17 +54,18 @@ def affordable_queries(images: ImageSet, config: Config, most: int) -> int:
 
 
 def evaluate(
-    parameters: Mapping[str, Array], config: Config, batches: Iterator[Episodes], norm: str | None = None
+    parameters: Mapping[str, Array], config: Config, batches: Iterator[Episodes], norm: Norm | None = None
 ) -> Score:
     """Accuracy of the CNNs generated for the support set of each episode, on its query images.
 
     parameters may be NumPy or torch (then on their device, without gradients); norm defaults to the config's.
     """
+    config = dataclasses.replace(config, norm=norm or config.norm)
 
     def classify(batch: Episodes) -> NDArray[np.integer]:
         convert, back = converters(parameters)
         cnn = generate(parameters, config, convert(batch.support), convert(batch.labels), check=False)
-        return back(cnn.with_norm(norm or config.norm)(convert(batch.query)).argmax(-1))  # [E, m]
+        return back(cnn(convert(batch.query)).argmax(-1))  # [E, m]
 
     return score(classify, batches)
 

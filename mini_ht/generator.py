@@ -10,6 +10,7 @@ from mini_ht.cnn import ConvLayer, GeneratedCNN
 from mini_ht.config import Config
 from mini_ht.features import local_features, shared_features
 from mini_ht.kernels import conv_block
+from mini_ht.norms import towards_learned
 from mini_ht.plan import Layer, plan
 from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_conv, support_tokens
 
@@ -54,6 +55,8 @@ def generate(
         weight, bias = conv_weights(parameters, config, layer, x, labels, shared, mask)
         gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
         x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
+        if config.norm == "support":
+            x, statistics = towards_learned(parameters, layer.name, config.shrink, x, statistics)
         convs.append(ConvLayer(weight, bias, gamma, beta, statistics))
     logits_weight = generated_slices(parameters, config, logits_layer, x, labels, shared, mask)
     return GeneratedCNN(

@@ -58,7 +58,8 @@ def attention_maps(
     chosen, activations = plan(config)[number], support
     for conv in cnn.convs[:number]:
         activations, _ = conv_block(
-            activations, conv.weight, conv.gamma, conv.beta, bias=conv.bias, mask=mask, slope=config.slope
+            *(activations, conv.weight, conv.gamma, conv.beta),
+            **{"bias": conv.bias, "statistics": conv.statistics, "mask": mask, "slope": config.slope},
         )
     shared = shared_features(parameters, config, support)
     x, seen = layer_tokens(parameters, chosen, activations, labels, shared, mask)  # [E, T, D] and [E, T]

@@ -1,29 +1,28 @@
 """Parameters: a flat mapping from names to arrays; how they are shaped, drawn, moved to torch, saved and loaded."""
 
 import functools
-import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
+from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
 from mini_ht.arrays import Array
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.features import shared_widths
-from mini_ht.files import write_atomically
+from mini_ht.files import check_regular, write_atomically
 from mini_ht.plan import KERNEL, Layer, plan
 
 FORMAT = "mini_ht 1"
 CHECKPOINT = "model.safetensors"
+STATISTICS = ("mean", "variance")  # of a norm, learned over training tasks; not every checkpoint has them
+LARGEST_FILE = 1 << 30  # bytes; the state of the largest preset's training has half as many
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 # What a feed-forward part adds starts small, so that a token begins as what attention gathered.
@@ -168,25 +167,26 @@ def save(path: str | os.PathLike[str], parameters: Mapping[str, NDArray[np.float
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[np.floating]], Config]:
-    """Parameters (NumPy) and config of a file written by `save`, or of a run folder; no torch is needed.
+    """Parameters (NumPy; float32 if stored as float16) and config of a file written by `save`, or of a run folder.
+
+    No torch is needed.
 
     Raises InputError when the file is missing, cut short, from another program or version, or does not fit its config.
     """
     tensors, config, _ = read_tensors(checkpoint_path(path))
-    return tensors, config
+    return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}, config
 
 
 def load_pretrained(name: str = "omniglot") -> tuple[dict[str, NDArray[np.floating]], Config]:
     """Parameters (NumPy, float32) and config of a generator that comes with the package.
 
-    "omniglot": 20-way 1-shot, 8 channels, after 40 minutes; its card is docs/pretrained.md. Raises InputError for an
-    unknown name.
+    "omniglot": 20-way 1-shot, 8 channels, after 40 minutes; "omniglot-any": 2 to 20 classes of 1 to 10 images each.
+    Their cards are in docs/pretrained.md. Raises InputError for an unknown name.
     """
     known = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
     if name not in known:
         raise InputError(f"there is no pretrained generator {name!r}; choose one of {', '.join(known)}")
-    parameters, config = load(PRETRAINED / f"{name}.safetensors")
-    return {key: array.astype(np.float32) for key, array in parameters.items()}, config  # they are stored as float16
+    return load(PRETRAINED / f"{name}.safetensors")
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
@@ -209,25 +209,43 @@ def read_tensors(
 ) -> tuple[dict[str, NDArray[Any]], Config, dict[str, str]]:
     """Tensors, config and metadata of a checkpoint; for each prefix every parameter of the config must be there."""
     try:
-        data = file.read_bytes()
-        tensors = load_tensors(data)
-        (length,) = struct.unpack("<Q", data[:8])  # the header's length, then the header as JSON
-        metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        check_regular(file, LARGEST_FILE)
+        with safe_open(file, framework="numpy") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+            config = _checked(file, metadata, {name: stored.get_slice(name) for name in stored.keys()}, prefixes)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"there is no checkpoint {file}; train one with 'mini-ht train'") from error
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that NumPy does not have
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except Exception as error:  # of safetensors, or of a dtype that NumPy does not have
         raise InputError(f"{file} is cut short or is no safetensors file ({error}); use another copy") from error
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{file} holds numbers in {name} that are not finite; use another copy")
+        if name.endswith(".variance") and array.min(initial=0) < 0:
+            raise InputError(f"{file} holds a variance below zero in {name}; use another copy")
+    return tensors, config, metadata
+
+
+def _checked(file: Path, metadata: Mapping[str, str], found: Mapping[str, Any], prefixes: tuple[str, ...]) -> Config:
+    """The config in a checkpoint's metadata, after a look at the shapes and dtypes of what is stored."""
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file} has format {metadata.get('format')!r}; wanted {FORMAT!r}: it is from another program or version"
         )
     config = Config.from_json(metadata.get("config", "nothing"))
+    shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
     for prefix in prefixes:
-        for name, (shape, _) in parameter_table(config).items():
-            found = tensors.get(prefix + name)
-            if found is None or found.shape != shape:
-                came = "is missing" if found is None else f"has shape {list(found.shape)}"
+        learned = {f"{layer.name}.{kind}": (layer.outputs,) for layer in plan(config)[:-1] for kind in STATISTICS}
+        present = any(prefix + name in found for name in learned)  # those of all norms, or of none
+        for name, shape in (shapes | learned if present else shapes).items():
+            stored = found.get(prefix + name)
+            if stored is None or tuple(stored.get_shape()) != shape:
+                came = "is missing" if stored is None else f"has shape {stored.get_shape()}"
                 raise InputError(f"{file} does not fit its config: {prefix + name} {came}; wanted {list(shape)}")
-    return tensors, config, metadata
+    if odd := sorted({stored.get_dtype() for stored in found.values()} - {"F16", "F32", "F64"}):
+        raise InputError(f"{file} holds numbers of type {', '.join(odd)}; wanted F16, F32 or F64: use another copy")
+    return config

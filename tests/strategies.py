@@ -34,6 +34,7 @@ def configs(draw: Any, **fixed: Any) -> Config:
         "image_channels": pick("image_channels", (1, 3)),
         "slope": pick("slope", (0.0, 0.1)),
         "norm": pick("norm", ("batch", "support")),
+        "shrink": pick("shrink", (0.9, 0.3, 1.0)),
         "generate": pick("generate", ("all", "logits", "first1", "last1", f"1,{blocks}")),
         "allocation": allocation,
         "generate_bias": allocation == "output" and pick("generate_bias", (False, True)),
@@ -99,8 +100,23 @@ class Case:
         return self.replace(support=self.support[:, order], labels=self.labels[:, order], mask=mask)
 
 
+def generic_statistics(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """Learned norm statistics of each conv block."""
+    rng = np.random.default_rng([seed, 1])
+    names = [f"conv{number}" for number in range(1, config.blocks + 1)]
+    means = {f"{name}.mean": 0.3 * rng.standard_normal(config.channels) for name in names}
+    return means | {f"{name}.variance": rng.uniform(0.2, 2, config.channels) for name in names}
+
+
 def make_case(
-    config: Config, seed: int, episodes: int, images: int, queries: int, unlabelled: bool, masked: bool
+    config: Config,
+    seed: int,
+    episodes: int,
+    images: int,
+    queries: int,
+    unlabelled: bool,
+    masked: bool,
+    learned: bool = False,
 ) -> Case:
     """Random images; labels at random, so classes are unbalanced and may be absent; image 0 counts for sure."""
     rng = np.random.default_rng(seed)
@@ -111,7 +127,7 @@ def make_case(
     mask[:, 0] = True
     return Case(
         config,
-        generic_parameters(config, seed),
+        generic_parameters(config, seed) | (generic_statistics(config, seed) if learned else {}),
         support=rng.random((episodes, images, *shape)),
         labels=labels,
         mask=mask if masked else None,
@@ -125,9 +141,13 @@ def cases(
     episodes: tuple[int, int] = (1, 3),
     images: tuple[int, int] = (1, 7),
     queries: tuple[int, int] = (1, 4),
+    learned: bool | None = None,
     **fixed: Any,
 ) -> Case:
-    """Episodes for a small config; the pairs are the least and largest numbers, `fixed` pins the config's fields."""
+    """Episodes for a small config; the pairs are the least and largest numbers, `fixed` pins the config's fields.
+
+    learned: whether the parameters have learned norm statistics; None for sometimes.
+    """
     return make_case(
         draw(configs(**fixed)),
         draw(seeds),
@@ -136,6 +156,7 @@ def cases(
         draw(st.integers(*queries)),
         unlabelled=draw(st.booleans()),
         masked=draw(st.booleans()),
+        learned=draw(st.booleans()) if learned is None else learned,
     )
 
 

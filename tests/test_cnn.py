@@ -61,9 +61,12 @@ def test_query_padding_has_no_influence(library, norm, case, count, scale, seed)
     assert_close(run(library, case, padded, mask, norm)[:, count:], run(library, case, norm=norm))
 
 
-@given(case=cases())
+@given(case=cases(learned=False))
 def test_on_the_support_set_the_modes_agree(library, case):
-    """For the support images themselves the two norm modes use the same statistics, and give the same logits."""
+    """For the support images themselves the two norm modes use the same statistics, and give the same logits.
+
+    Unless statistics were learned, towards which the support set's are shrunk.
+    """
     logits = [run(library, case, case.support, case.mask, norm) for norm in ("batch", "support")]
     assert_close(*logits)
 

@@ -312,14 +312,19 @@ def test_sizes():
     assert cnn_size(biased) == cnn_size(config) + 16
 
 
-def test_the_pretrained_generator_is_whole_and_works():
-    """It loads as float32 with every parameter of its config, and tells unseen glyphs apart far above pixels."""
-    parameters, config = load_pretrained()
-    assert {name: x.shape for name, x in parameters.items()} == {n: s for n, (s, _) in parameter_table(config).items()}
+@pytest.mark.parametrize("name", sorted(file.stem for file in PRETRAINED.iterdir()))
+def test_pretrained_generators_are_whole_and_work(name):
+    """Each loads as float32 with all that its config wants, and norm statistics, and tells unseen glyphs apart."""
+    parameters, config = load_pretrained(name)
+    wanted = {name: shape for name, (shape, _) in parameter_table(config).items()}
+    wanted |= {f"conv{k + 1}.{part}": (config.channels,) for k in range(config.blocks) for part in ("mean", "variance")}
+    assert {name: x.shape for name, x in parameters.items()} == wanted
     assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in parameters.values())
     assert sum(file.stat().st_size for file in PRETRAINED.iterdir()) <= 5e6
     batches = list(evaluation_episodes(glyphs(2, 40), 40, way=5, shot=1))
-    accuracy, pixels = evaluate(parameters, config, iter(batches)), pixel_nearest_mean(iter(batches))
-    assert accuracy.accuracy > pixels.accuracy + 0.15 and accuracy.accuracy > 0.7
+    pixels = pixel_nearest_mean(iter(batches)).accuracy
+    for norm in ("batch", "support"):
+        accuracy = evaluate(parameters, config, iter(batches), norm).accuracy
+        assert accuracy > pixels + 0.15 and accuracy > 0.7
     with pytest.raises(InputError, match=r"no pretrained generator 'mnist'; choose one of omniglot"):
         load_pretrained("mnist")

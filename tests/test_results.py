@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 OMNIGLOT = Path(os.environ.get("MINI_HT_OMNIGLOT", ROOT / "../shared/data/omniglot")).resolve()
@@ -31,17 +32,22 @@ def load(file: Path, folder: Path) -> ModuleType:
 
 
 @needs_omniglot
-def test_company(tmp_path, monkeypatch):
-    """One task and two crowds, few episodes: the rows have every figure of the committed ones, and company helps."""
-    file = ROOT / "results/company/measure.py"
+def test_support_norm(tmp_path, monkeypatch):
+    """One task, few episodes: the rows have every figure of the committed ones, and learned statistics help."""
+    file = ROOT / "results/support-norm/measure.py"
     script = load(file, tmp_path)
-    for name, values in {"WAYS": (2,), "SHOTS": (1,), "COMPANY": (0, 16)}.items():
-        monkeypatch.setattr(script, name, values)
+    monkeypatch.setattr(script, "TASKS", ((2, 1),))
     monkeypatch.setattr(sys, "argv", ["measure.py", "--data-dir", str(OMNIGLOT), "--episodes", "32"])
-    script.main()
+    threads = torch.get_num_threads()
+    with torch.enable_grad():  # the script turns gradients off
+        script.main()
+    torch.set_num_threads(threads)
     rows, committed = (json.loads((place / "validation.json").read_text()) for place in (tmp_path, file.parent))
-    assert rows[0].keys() == committed[0].keys() and [row["company"] for row in rows] == [0, 16]
-    assert rows[0]["gain"] == 0 and rows[1]["gain"] > 0.05 and rows[1]["loss"] < rows[0]["loss"]
+    assert rows[0].keys() == committed[0].keys()
+    found = {row["statistics"]: row for row in rows}
+    assert list(found) == list(dict.fromkeys(row["statistics"] for row in committed))
+    assert found["support"]["gain"] == 0 and found["shrunk 0.9"]["gain"] > 0.05
+    assert max(found["shrunk 0.9"]["loss"], found["company"]["loss"]) < found["support"]["loss"]
 
 
 @needs_omniglot

@@ -11,6 +11,7 @@ works on one image needs norm ``support``; when the nearest mean of pixels is th
 **What you need.** NumPy, Pillow, and tutorial 01. No torch, no training.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -187,15 +188,15 @@ assert curve[-1][0].accuracy < curve[-1][1].accuracy  # five photos
 # is how it was trained. But a user brings *one* photo. After four blocks a channel has one value left for it. That
 # value is its own mean, so the norm makes it 0, whatever the photo shows. Predict the accuracy!
 #
-# With norm ``support`` the statistics come from the support set and serve any number of queries. Our classifier gets
-# the first three photos of each class; the other 90 test it.
+# With norm ``support`` the statistics come from many training tasks and, by a tenth, from the support set. They serve
+# any number of queries. Our classifier gets the first three photos of each class; the other 90 test it.
 
 pixels = ways["prepared"].pixels.reshape(10, 12, 28, 28, 1).astype(np.float32) / 255  # [way, photos, H, W, C]
 support, held_out = (part.reshape(-1, 28, 28, 1) for part in (pixels[:, :3], pixels[:, 3:]))  # [30, ...], [90, ...]
 labels, truth = np.arange(10).repeat(3), np.arange(10).repeat(9)
 cnn = generate(parameters, config, support, labels)
 assert isinstance(cnn, GeneratedCNN)
-together, alone = cnn.with_norm("batch"), cnn.with_norm("support")
+together, alone = cnn, generate(parameters, dataclasses.replace(config, norm="support"), support, labels)
 guesses = {
     "batch, 90 photos together": together(held_out).argmax(-1),
     "batch, one by one": np.array([together(photo[None])[0].argmax() for photo in held_out]),

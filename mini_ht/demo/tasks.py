@@ -1,5 +1,6 @@
 """Tasks of the page: drawings to a generated CNN, which is kept for a while; a drawing to probabilities."""
 
+import dataclasses
 import secrets
 import time
 from collections import OrderedDict
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mini_ht.adaptation import COMPANIONS, company
 from mini_ht.attention import softmax
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
@@ -32,9 +32,9 @@ class Tasks:
                 "take a checkpoint trained on drawings, such as omniglot"
             )
         self.parameters = {name: array.astype(np.float32) for name, array in parameters.items()}
-        self.config = config
+        # With the support set's statistics the CNN classifies one drawing alone.
+        self.config = dataclasses.replace(config, norm="support")
         self.most_classes = min(CLASSES, config.way)
-        self.company = company(config, COMPANIONS)  # [k, H, W, 1]
         self._kept: OrderedDict[str, tuple[GeneratedCNN, int]] = OrderedDict()
         self._lock = Lock()
 
@@ -46,12 +46,9 @@ class Tasks:
         """
         start = time.perf_counter()
         size = self.config.image_size
-        drawn = [strokes_to_ink(drawing, size) for drawings in classes for drawing in drawings]
-        support = np.concatenate([np.stack(drawn), self.company])  # [n, H, W, 1]
-        numbers = [len(drawings) for drawings in classes]
-        labels = np.repeat([*range(len(classes)), -1], [*numbers, len(self.company)])
-        # With the support set's statistics the CNN classifies one drawing alone.
-        cnn = generate(self.parameters, self.config, support, labels).with_norm("support")
+        support = np.stack([strokes_to_ink(drawing, size) for drawings in classes for drawing in drawings])
+        labels = np.repeat(np.arange(len(classes)), [len(drawings) for drawings in classes])
+        cnn = generate(self.parameters, self.config, support, labels)
         took = time.perf_counter() - start
         name = secrets.token_hex(8)  # not a count, so that a page never meets the CNN of an earlier server
         with self._lock:
