@@ -1,5 +1,6 @@
 """Episodes: few-shot tasks drawn from a set of images, a whole batch at a time."""
 
+import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,13 +28,15 @@ class Episodes:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images make a batch of episodes, before any pixel is touched; k = unlabelled + shot."""
+    """Which images make a batch of episodes, before any pixel is touched; class by class."""
 
     classes: Integers  # [E, way]
-    turns: Integers  # [E, way], quarter circles, and 4 more for a mirrored class
-    labels: Integers  # [E, way, k]
-    support_rows: Integers  # [E, way, k]
-    query_rows: Integers  # [E, way, queries]
+    labels: Integers  # [E, n]
+    support_rows: Integers  # [E, n]
+    support_turns: Integers  # [E, n], quarter circles, and 4 more for a mirrored class
+    query_labels: Integers  # [E, m]
+    query_rows: Integers  # [E, m]
+    query_turns: Integers  # [E, m]
 
     def of(self, part: slice) -> "Choice":
         """Some of the episodes."""
@@ -81,7 +84,37 @@ def choose(
     labels = np.broadcast_to(np.arange(way)[:, None], support_drawn.shape).copy()  # [E, way, support_count]
     labels[..., :unlabelled] = -1
     first = images.starts[classes][..., None]  # [E, way, 1]
-    return Choice(classes, turns, labels, first + support_drawn, first + query_drawn)
+    return Choice(
+        classes=classes,
+        labels=labels.reshape(episodes, -1),
+        support_rows=(first + support_drawn).reshape(episodes, -1),
+        support_turns=turns.repeat(support_count, axis=1),
+        query_labels=np.tile(np.arange(way).repeat(queries), (episodes, 1)),
+        query_rows=(first + query_drawn).reshape(episodes, -1),
+        query_turns=turns.repeat(queries, axis=1),
+    )
+
+
+def thin(choice: Choice, rng: np.random.Generator, count: int, hidden: float = 0.0) -> Choice:
+    """Keep `count` support images of each episode and hide the labels of some, so that classes have unequal numbers.
+
+    The first labelled image of each class stays as it is; of the others, any may go, and each that stays loses its
+    label with probability `hidden`. count lies between way and n.
+    """
+    first = np.diff(choice.labels, axis=1, prepend=-1) > 0  # [E, n], as choices are class by class
+    keys = np.where(first, -1.0, rng.random(first.shape))
+    kept = np.sort(keys.argpartition(count - 1, axis=1)[:, :count], axis=1)  # [E, count], still class by class
+
+    def take(array: NDArray[Any]) -> NDArray[Any]:
+        return np.take_along_axis(array, kept, axis=1)  # [E, n] -> [E, count]
+
+    lost = ~take(first) & (rng.random(kept.shape) < hidden)
+    return dataclasses.replace(
+        choice,
+        labels=np.where(lost, -1, take(choice.labels)),
+        support_rows=take(choice.support_rows),
+        support_turns=take(choice.support_turns),
+    )
 
 
 def sample(
@@ -107,16 +140,15 @@ def sample(
 
 
 def look_up(images: ImageSet, choice: Choice) -> Episodes:
-    """The chosen images, turned: [E, way, k] of them become [E, way * k]."""
-    episodes, way, queries = choice.query_rows.shape
+    """The chosen images, turned."""
     return Episodes(
-        support=pixels(images, choice.support_rows, choice.turns),
-        labels=choice.labels.reshape(episodes, -1),
-        query=pixels(images, choice.query_rows, choice.turns),
-        query_labels=np.tile(np.arange(way).repeat(queries), (episodes, 1)),
+        support=pixels(images, choice.support_rows, choice.support_turns),
+        labels=choice.labels,
+        query=pixels(images, choice.query_rows, choice.query_turns),
+        query_labels=choice.query_labels,
         classes=choice.classes,
-        support_rows=choice.support_rows.reshape(episodes, -1),
-        query_rows=choice.query_rows.reshape(episodes, -1),
+        support_rows=choice.support_rows,
+        query_rows=choice.query_rows,
     )
 
 
@@ -137,13 +169,13 @@ def draw(rng: np.random.Generator, counts: Integers, k: int) -> Integers:
 
 
 def pixels(images: ImageSet, rows: Integers, turns: Integers) -> NDArray[np.float32]:
-    """Images [E, way * k, H, W, C] in [0, 1], each class turned: rows [E, way, k], turns [E, way] in 0 .. 7.
+    """Images [E, n, H, W, C] in [0, 1], turned: rows [E, n], turns [E, n] in 0 .. 7.
 
-    A turn is a number of quarter circles, plus 4 where the class is mirrored first.
+    A turn is a number of quarter circles, plus 4 where the image is mirrored first.
     """
-    taken = images.pixels[rows]  # [E, way, k, H, W, C]
+    taken = images.pixels[rows]  # [E, n, H, W, C]
     for turn in range(1, 8):
         which = turns == turn
-        image = taken[which]  # [chosen, k, H, W, C]
-        taken[which] = np.rot90(image[..., ::-1, :] if turn >= 4 else image, turn % 4, axes=(2, 3))
-    return taken.reshape(len(rows), -1, *taken.shape[3:]).astype(np.float32) / np.float32(255)
+        image = taken[which]  # [chosen, H, W, C]
+        taken[which] = np.rot90(image[..., ::-1, :] if turn >= 4 else image, turn % 4, axes=(1, 2))
+    return taken.astype(np.float32) / np.float32(255)

@@ -132,7 +132,9 @@ def test_presets():
     """Every preset has a plan, is what its name says, and a mistyped name is answered with near ones."""
     for name, config in presets().items():
         assert preset(name) == config and plan(config)
-        if name.startswith("omniglot"):
+        if name.startswith("omniglot-any"):
+            assert name == f"omniglot-any-{config.channels}ch" and config.vary > 1 == config.shot
+        elif name.startswith("omniglot"):
             _, way, shot, channels = name.removesuffix("-released").split("-")
             assert (f"{config.way}way", f"{config.shot}shot", f"{config.channels}ch") == (way, shot, channels)
             assert config.readout == ("slice" if name.endswith("-released") else "linear")

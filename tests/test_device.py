@@ -17,7 +17,7 @@ from mini_ht.config import Config
 from mini_ht.datasets.glyphs import glyphs
 from mini_ht.training.device import DeviceImages, DeviceStep
 from mini_ht.training.loop import Trainer, adamw, fresh_state
-from mini_ht.training.workers import training_episodes
+from mini_ht.training.tasks import training_episodes
 
 CPU = torch.device("cpu")
 SQUARES = glyphs(5, 12, drawings=6, size=11)
@@ -29,12 +29,19 @@ def device_step(config: Config, images=IMAGES["train"], device: torch.device = C
     return DeviceStep(config, images, state, adamw(config, state))
 
 
-@given(seed=seeds, shift=st.integers(0, 3), rotate=st.booleans(), mirror=st.booleans(), unlabelled=st.integers(0, 1))
-def test_one_gather_gives_the_images_of_the_sampler(seed, shift, rotate, mirror, unlabelled):
+@given(
+    seed=seeds,
+    shift=st.integers(0, 3),
+    rotate=st.booleans(),
+    mirror=st.booleans(),
+    unlabelled=st.integers(0, 1),
+    vary=st.sampled_from([0, 3]),
+)
+def test_one_gather_gives_the_images_of_the_sampler(seed, shift, rotate, mirror, unlabelled, vary):
     """Looked up by row, turn and offset on the device, a step's images are those that the host samples, to the bit."""
     config = Config(
         way=4, queries=2, image_size=11, blocks=3, seed=seed, shift=shift, rotate=rotate, mirror=mirror,
-        unlabelled=unlabelled, episodes_per_step=3, minutes=1,
+        unlabelled=unlabelled, vary=vary, episodes_per_step=3, minutes=1,
     )  # fmt: skip
     step = device_step(config, SQUARES)
     labels, targets, *places = (torch.from_numpy(array) for array in step.draw(7))
@@ -82,6 +89,19 @@ def test_the_step_is_that_of_the_workers(clip):
             assert relative_error(mine[felt], other[felt]) <= 1e-5
             mine.copy_(other)
     assert relative_error(step.state.vector, fresh_state(config, CPU).vector) > 1e-3
+
+
+def test_steps_of_different_shapes():
+    """With `vary` each step's loss and accuracy are those of the trainer that shares steps between cores."""
+    config = dataclasses.replace(CONFIG, way=4, vary=3)
+    trainer, step = Trainer(config, IMAGES["train"], 1), device_step(config)
+    shapes = set()
+    for _ in range(6):
+        assert take(step, 1e-3)[:2] == pytest.approx(trainer.step(1e-3)[:2], rel=1e-5)
+        shapes.add(tuple(step.inputs[2].shape))
+        for name in VECTORS:
+            getattr(step.state, name).copy_(getattr(trainer.state, name))
+    assert len(shapes) > 2
 
 
 def test_a_step_on_hold_or_without_a_number_changes_nothing():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from mini_ht.datasets.images import ImageSet
-from mini_ht.episodes import Episodes, sample, shifted
+from mini_ht.episodes import Episodes, choose, sample, shifted, thin
 from mini_ht.errors import InputError
 
 PATTERN = np.arange(16, dtype=np.uint8).reshape(4, 4)
@@ -166,6 +166,47 @@ def test_released_protocol_shows_support_images_again(count, shot):
         again = (batch.query_rows[:, :, None] == batch.support_rows[:, None, :]).any(-1)
         slack = 5 * np.sqrt(expected * (1 - expected) / again.size)
         assert abs(again.mean() - expected) <= slack, (protocol, again.mean(), expected)
+
+
+@given(tasks(), seeds, st.floats(0, 1), st.data())
+def test_thinning_keeps_a_labelled_image_of_each_class(task, seed, hidden, data):
+    """`count` images of each episode stay, in their order and turned as before; each class keeps a label.
+
+    Labels only ever become -1: never with hidden 0, always but for each class's first with hidden 1.
+    """
+    images, options = task
+    rng = np.random.default_rng(seed)
+    whole = choose(images, rng, 3, **options)
+    count = data.draw(st.integers(options["way"], whole.labels.shape[1]))
+    for share in (0.0, hidden, 1.0):
+        thinned = thin(whole, rng, count, share)
+        assert thinned.labels.shape == (3, count)
+        for e in range(3):
+            # A row is that of one image, so it says where the image was.
+            places = [whole.support_rows[e].tolist().index(row) for row in thinned.support_rows[e]]
+            assert places == sorted(set(places))
+            np.testing.assert_array_equal(thinned.support_turns[e], whole.support_turns[e][places])
+            before, after = whole.labels[e][places], thinned.labels[e]
+            assert ((after == before) | (after == -1)).all()
+            assert set(after) - {-1} == set(range(options["way"]))
+            if share == 0:
+                np.testing.assert_array_equal(after, before)
+            if share == 1:
+                assert (after >= 0).sum() == options["way"]
+        for name in ("classes", "query_rows", "query_turns", "query_labels"):
+            np.testing.assert_array_equal(getattr(thinned, name), getattr(whole, name))
+
+
+def test_thinning_drops_and_hides_at_random():
+    """Images of every class and place go, and each image that may lose its label loses it with probability `hidden`."""
+    rng = np.random.default_rng(0)
+    whole = choose(tagged([6] * 4), rng, 3000, way=4, shot=4, queries=1)
+    thinned = thin(whole, rng, 10, 0.25)
+    kept = (whole.support_rows[:, :, None] == thinned.support_rows[:, None, :]).any(-1).mean(0).reshape(4, 4)
+    np.testing.assert_array_equal(kept[:, 0], 1)
+    assert np.abs(kept[:, 1:] - 0.5).max() < 5 * 0.5 / np.sqrt(3000)  # 6 of 12 stay
+    lost = (thinned.labels < 0).mean() * 10 / 6
+    assert abs(lost - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 18000)
 
 
 def test_unequal_classes_are_used_whole():

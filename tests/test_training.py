@@ -157,8 +157,13 @@ def test_what_is_saved(tmp_path, ema):
     assert not torch.equal(state.average, state.vector)
 
 
-def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
-    """A run that Ctrl-C stopped half way and that was resumed ends in the same bits, by the same losses."""
+@pytest.mark.parametrize("vary", [0, 3])
+def test_resume_is_exact(tmp_path, stop_at, monkeypatch, vary):
+    """A run that Ctrl-C stopped half way and that was resumed ends in the same bits, by the same losses.
+
+    Once it is finished, norm statistics are in the model.
+    """
+    config = dataclasses.replace(CONFIG, vary=vary, way=3)
     seen: dict[str, list] = {}
     real = loop.Log.add
 
@@ -167,18 +172,22 @@ def test_resume_is_exact(tmp_path, stop_at, monkeypatch):
         return real(self, loss, accuracy, norm, rate, seconds)
 
     monkeypatch.setattr(loop.Log, "add", spy)
-    whole = run(CONFIG, tmp_path / "whole")
+    whole = run(config, tmp_path / "whole")
     stop_at(6)
     with pytest.raises(KeyboardInterrupt):
-        run(CONFIG, tmp_path / "halves")
-    half = load_run(tmp_path / "halves", CONFIG, CPU)
-    assert half.step == 6 and load(tmp_path / "halves")[1] == CONFIG
+        run(config, tmp_path / "halves")
+    half = load_run(tmp_path / "halves", config, CPU)
+    parameters, saved = load(tmp_path / "halves")
+    assert half.step == 6 and saved == config and "conv1.mean" not in parameters
     stop_at(None)
-    resumed = run(CONFIG, tmp_path / "halves", resume=True)
+    resumed = run(config, tmp_path / "halves", resume=True)
     assert resumed.step == whole.step == 12 and resumed.seconds > half.seconds
     for name in VECTORS:
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
         assert not torch.equal(getattr(whole, name), getattr(half, name)), name
+    ends = [load(tmp_path / name)[0] for name in ("whole", "halves")]
+    assert "conv1.mean" in ends[0] and ends[0].keys() == ends[1].keys()
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
     assert seen["whole"] == seen["halves"] and len(seen["whole"]) == 12
     assert (whole.loss, whole.accuracy) == (resumed.loss, resumed.accuracy)  # the smoothed figures go on, too
 

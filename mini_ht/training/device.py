@@ -11,9 +11,11 @@ from torch import Tensor
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.training.checkpoint import State
+from mini_ht.training.distributed import ALONE, Ranks
 from mini_ht.training.flat import Layout
 from mini_ht.training.schedule import average_decay
-from mini_ht.training.workers import Clock, query_loss, storage_dtype, training_choice
+from mini_ht.training.tasks import training_choice
+from mini_ht.training.workers import Clock, query_loss, storage_dtype
 
 WARM_UP = 3  # runs before the capture, in which kernels are compiled and libraries choose
 
@@ -56,6 +58,20 @@ def set_gradient(optimiser: torch.optim.Optimizer, gradient: Tensor) -> None:
         leaf.grad = part
 
 
+def record(function: Callable[[], None]) -> Callable[[], None]:
+    """Run a function a few times, record what it does on the device as a graph, and return what repeats the record."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 class DeviceStep:
     """Training steps whose every tensor stays on the device; on CUDA they are captured once and replayed.
 
@@ -63,10 +79,17 @@ class DeviceStep:
     """
 
     def __init__(
-        self, config: Config, images: ImageSet, state: State, optimiser: torch.optim.Optimizer, impl: str = "auto"
+        self,
+        config: Config,
+        images: ImageSet,
+        state: State,
+        optimiser: torch.optim.Optimizer,
+        impl: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
         """optimiser: a fused AdamW over leaves that share the state's vector, in order; impl: of the conv blocks."""
         self.config, self.images, self.state, self.optimiser, self.impl = config, images, state, optimiser, impl
+        self.ranks, self.part = ranks, ranks.part(config.episodes_per_step)
         device = state.vector.device
         self.parameters = Layout(config).leaves(state.vector)
         self.pictures = DeviceImages(images, config.shift, device)
@@ -74,30 +97,42 @@ class DeviceStep:
         # What a step reads: which images, then learning rate, weight of the average's newest term, and hold.
         self.inputs = [torch.from_numpy(array).to(device) for array in self.draw(state.step)]
         self.scalars = torch.tensor([0.0, 0.0, 1.0], device=device)
+        self.totals = state.vector.new_zeros(len(state.vector) + 2)  # gradient, loss and accuracy
         self.figures = torch.zeros(3, device=device)
         for group in optimiser.param_groups:
             group["lr"] = self.scalars[0]
         self.waiting: tuple[int, list[NDArray[Any]]] | None = None
-        self.replay = self.capture() if device.type == "cuda" else self.compute
+        # With `vary` each step has shapes of its own, which no graph can hold.
+        self.replay = self.capture() if device.type == "cuda" and not config.vary else self.compute
 
     def draw(self, step: int) -> list[NDArray[Any]]:
         """Labels [E, n], targets [E, m], rows and turns [E, n + m], offsets [E, n + m, 2] of a step's episodes."""
         choice, offsets = training_choice(self.config, self.images, step)
-        episodes, way, queries = choice.query_rows.shape
-        rows = [choice.support_rows, choice.query_rows]  # [E, way, k] and [E, way, queries]
-        turns = [np.broadcast_to(choice.turns[..., None], part.shape).reshape(episodes, -1) for part in rows]
-        targets = np.tile(np.arange(way).repeat(queries), (episodes, 1))
-        flat = [part.reshape(episodes, -1) for part in rows]
-        return [choice.labels.reshape(episodes, -1), targets, *(np.concatenate(x, 1) for x in (flat, turns)), offsets]
+        choice, offsets = choice.of(self.part), offsets[self.part]
+        rows = np.concatenate([choice.support_rows, choice.query_rows], axis=1)  # [E, n + m]
+        turns = np.concatenate([choice.support_turns, choice.query_turns], axis=1)  # [E, n + m]
+        return [choice.labels, choice.query_labels, rows, turns, offsets]
 
     def compute(self) -> None:
         """The step itself, from inputs and scalars to state and figures."""
+        self.differentiate()
+        self.ranks.add_up(self.totals)
+        self.update()
+
+    def differentiate(self) -> None:
+        """From inputs to this rank's part of the totals."""
         labels, targets, rows, turns, offsets = self.inputs
         pictures = self.pictures(rows, turns, offsets, self.dtype)  # [E, n + m, H, W, C]
         support, query = pictures.split([labels.shape[1], targets.shape[1]], dim=1)
         loss, accuracy = query_loss(self.config, self.parameters, (support, query), (labels, targets), impl=self.impl)
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
-        gradient = torch.cat([part.flatten() for part in gradients])  # [size]
+        share = len(labels) / self.config.episodes_per_step
+        gradients = torch.autograd.grad(loss * share, list(self.parameters.values()))
+        self.totals[:-2] = torch.cat([part.flatten() for part in gradients])  # [size]
+        self.totals[-2:] = torch.stack([loss.detach(), accuracy]) * share
+
+    def update(self) -> None:
+        """From totals and scalars to state and figures."""
+        gradient, (loss, accuracy) = self.totals[:-2], self.totals[-2:]
         norm = gradient.norm()
         if self.config.clip:
             gradient = gradient * (self.config.clip / norm).clamp(max=1.0)
@@ -108,28 +143,31 @@ class DeviceStep:
         self.optimiser.step()
         if self.config.ema:
             self.state.average.lerp_(self.state.vector, newest * (1 - stays))
-        self.figures.copy_(torch.stack([loss.detach(), accuracy, norm]))
+        self.figures.copy_(torch.stack([loss, accuracy, norm]))
 
     def capture(self) -> Callable[[], None]:
-        """Run a few times on hold, record once, and return what repeats the record."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.compute()
-        return graph.replay
+        """The step as one graph; with several ranks as two, between which they sum: no graph waits for others."""
+        if not self.ranks.joined:
+            return record(self.compute)
+        before, after = record(self.differentiate), record(self.update)
+
+        def replay() -> None:
+            before()
+            self.ranks.add_up(self.totals)
+            after()
+
+        return replay
 
     def __call__(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
         """One step with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm."""
         step = self.state.step
         ready = self.waiting[1] if self.waiting and self.waiting[0] == step else self.draw(step)
         with torch.no_grad():
-            for tensor, array in zip(self.inputs, ready, strict=True):
-                tensor.copy_(torch.from_numpy(array))
+            for number, array in enumerate(ready):
+                if self.config.vary:
+                    self.inputs[number] = torch.from_numpy(array).to(self.scalars.device)
+                else:
+                    self.inputs[number].copy_(torch.from_numpy(array))
             newest = 1 - average_decay(self.config, step)
             self.scalars.copy_(torch.tensor([rate, newest, 0.0]))
         self.replay()

@@ -1,7 +1,6 @@
 """The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
 
 import ctypes
-import dataclasses
 import os
 import signal
 import sys
@@ -9,42 +8,18 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
-from mini_ht.episodes import Choice, Episodes, choose, look_up, shifted
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.training.flat import Layout
+from mini_ht.training.tasks import training_episodes
 
-TRAINING_STREAM = 1  # keeps training episodes apart from others drawn with the same seed
 Clock = Callable[[str], None]
-
-
-def training_choice(config: Config, images: ImageSet, step: int) -> tuple[Choice, NDArray[np.integer]]:
-    """The episodes of a step, the same whoever asks and whenever: a resumed run continues as if never interrupted.
-
-    Returns which images, and how far each is moved, rows and columns: [E, n + m, 2].
-    """
-    rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
-    choice = choose(images, rng, config.episodes_per_step, rotate=config.rotate, mirror=config.mirror, **config.task)
-    count = config.way * (config.unlabelled + config.shot + config.queries)
-    return choice, rng.integers(-config.shift, config.shift + 1, (config.episodes_per_step, count, 2))
-
-
-def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
-    """The images of some of a step's episodes."""
-    choice, offsets = training_choice(config, images, step)
-    batch = look_up(images, choice.of(part))
-    if not config.shift:
-        return batch
-    support, query = np.split(offsets[part], [batch.labels.shape[1]], axis=1)  # [E, n, 2] and [E, m, 2]
-    return dataclasses.replace(batch, support=shifted(batch.support, support), query=shifted(batch.query, query))
 
 
 def storage_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -106,11 +81,15 @@ def gradient(
 class Workers:
     """Computes gradients with `count` processes, this one among them."""
 
-    def __init__(self, config: Config, images: ImageSet, vector: Tensor, count: int) -> None:
-        """vector [size] holds the parameters; with several processes it must lie in shared memory."""
+    def __init__(self, config: Config, images: ImageSet, vector: Tensor, count: int, part: slice | None = None) -> None:
+        """vector [size] holds the parameters; with several processes it must lie in shared memory.
+
+        part: which of a step's episodes they share; all of them if not given.
+        """
         self.config, self.images, self.parameters = config, images, Layout(config).leaves(vector)
-        bounds = [config.episodes_per_step * i // count for i in range(count + 1)]
-        self.own = slice(0, bounds[1])
+        part = part or slice(0, config.episodes_per_step)
+        bounds = [part.start + (part.stop - part.start) * i // count for i in range(count + 1)]
+        self.own = slice(bounds[0], bounds[1])
         self.connections: list[Connection] = []
         self.results = [torch.zeros_like(vector).share_memory_() for _ in range(count - 1)]
         keep_freed_memory()
@@ -128,7 +107,7 @@ class Workers:
             self.processes.append(process)
 
     def gradient(self, step: int, clock: Clock = lambda name: None) -> tuple[Tensor, Tensor]:
-        """Gradient [size] of the step's mean loss, and (loss, accuracy) [2]; sums are always in the same order."""
+        """The gradient [size] and (loss, accuracy) [2] of `gradient`; sums are always in the same order."""
         try:
             for connection in self.connections:
                 connection.send(step)
