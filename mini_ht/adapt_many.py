@@ -5,17 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from mini_ht.adaptation import Generator, adapt, open_generator
 from mini_ht.errors import InputError
-from mini_ht.export import export
+from mini_ht.export import check_target, checked_bytes
+from mini_ht.files import write_atomically
 from mini_ht.support_folder import read_support
 
-BATCH = 8  # tasks that share a pass of the generator
+BATCH = 16  # tasks that are adapted, checked and written together
+CHECKED = 4  # images that each file is run on before it is put in place
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -44,7 +48,7 @@ class Order:
     preprocess: str = "ink"
     polarity: str = "auto"
     force: bool = False
-    half: bool = False
+    precision: str = "float32"
 
     def target(self, folder: Path) -> Path:
         """Where a support folder's classifier goes."""
@@ -60,7 +64,7 @@ def adapt_many(order: Order, root: Path, workers: int = 1) -> Iterator[tuple[int
     Raises InputError for a checkpoint or root that cannot be read, and for a root without folders.
     """
     generator = open_generator(order.checkpoint)
-    folders = support_folders(root)
+    folders = own_folders(root)
     if workers < 1:
         raise InputError(f"workers is {workers}; it must be at least 1")
     todo = [folder for folder in folders if order.force or not order.target(folder).exists()]
@@ -72,10 +76,38 @@ def adapt_many(order: Order, root: Path, workers: int = 1) -> Iterator[tuple[int
         for batch in batches:
             yield len(batch), adapt_batch(order, generator, batch)
         return
-    context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), context.Pool(min(workers, len(batches)), _open, (order.checkpoint,)) as pool:
-        for batch, outcome in zip(batches, pool.imap(partial(_work, order), batches), strict=True):
-            yield len(batch), outcome
+    connections = _start(order, min(workers, len(batches)))
+    waiting, busy = iter(batches), dict[Any, list[Path]]()
+    try:
+        for connection in connections:
+            busy[connection] = next(waiting)
+            connection.send(busy[connection])
+        while busy:
+            answered: list[Any] = wait(list(busy))
+            for connection in answered:
+                outcome = connection.recv()
+                yield len(busy.pop(connection)), outcome
+                if more := next(waiting, None):
+                    busy[connection] = more
+                    connection.send(more)
+    except (EOFError, ConnectionError) as error:
+        advice = "the same command goes on with what is missing, if need be with --workers 1"
+        raise InputError(f"a worker process ended by itself (out of memory?); {advice}") from error
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are: those that torchrun started, or one."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+
+
+def own_folders(root: Path) -> list[Path]:
+    """This rank's share of the folders in `root`; of one process, all of them."""
+    number, count = rank()
+    return support_folders(root)[number::count]
 
 
 def support_folders(root: Path) -> list[Path]:
@@ -90,7 +122,7 @@ def support_folders(root: Path) -> list[Path]:
 
 
 def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> Outcome:
-    """The classifiers of some folders, in one pass of the generator."""
+    """The classifiers of some folders: each whole and checked, or reported."""
     outcome, good, tasks = Outcome(), [], []
     for folder in folders:
         try:
@@ -104,27 +136,43 @@ def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> 
         outcome.warnings += warnings
     if not tasks:
         return outcome
+    ready: list[tuple[Path, bytes]] = []
     classifiers = adapt(generator, tasks, order.preprocess, order.polarity)
     for folder, task, classifier in zip(good, tasks, classifiers, strict=True):
         try:
-            export(classifier, order.target(folder), task.images, force=order.force, half=order.half)
-            outcome.written += 1
+            file = check_target(order.target(folder), order.force)
+            data, _ = checked_bytes(classifier, file, task.images[:CHECKED], order.precision)
+            ready.append((folder, data))
         except InputError as error:
             outcome.failed.append(f"{folder.name}: {error}")
+    with ThreadPoolExecutor(BATCH) as pool:  # a disk confirms files that are written side by side in one go
+        for folder, writing in [(f, pool.submit(write_atomically, order.target(f), data)) for f, data in ready]:
+            try:
+                writing.result()
+                outcome.written += 1
+            except InputError as error:
+                outcome.failed.append(f"{folder.name}: {error}")
     return outcome
 
 
-_generator: Generator | None = None  # of a worker process
+def _start(order: Order, count: int) -> list[Any]:
+    """Worker processes, each at the end of a pipe of its own, so that the end of one is noticed, and ours by them."""
+    context, connections = multiprocessing.get_context("spawn"), []
+    with _one_thread_each():
+        for _ in range(count):
+            here, there = context.Pipe()
+            context.Process(target=_serve, args=(there, order), daemon=True).start()
+            there.close()
+            connections.append(here)
+    return connections
 
 
-def _open(checkpoint: str) -> None:
-    global _generator
-    _generator = open_generator(checkpoint)
-
-
-def _work(order: Order, folders: Sequence[Path]) -> Outcome:
-    assert _generator is not None
-    return adapt_batch(order, _generator, folders)
+def _serve(connection: Any, order: Order) -> None:
+    """A worker process: answers batches of folders with their outcomes, until the pipe closes."""
+    generator = open_generator(order.checkpoint)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            connection.send(adapt_batch(order, generator, connection.recv()))
 
 
 @contextmanager

@@ -78,10 +78,10 @@ class HyperTransformerClassifier:
             raise InputError(f"there are {len(guesses)} images and {len(y)} labels; give one label for each image")
         return float(np.mean([guess == label for guess, label in zip(guesses, y, strict=True)]))
 
-    def export(self, path: str | os.PathLike[str], *, force: bool = False, half: bool = False) -> Report:
+    def export(self, path: str | os.PathLike[str], *, force: bool = False, precision: str = "float32") -> Report:
         """Write the classifier as .onnx or .npz, see `mini_ht.export.export`; it is checked on the support images."""
         self._check_fitted()
-        return export(self.task_, path, self.support_, force=force, half=half)
+        return export(self.task_, path, self.support_, force=force, precision=precision)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of `__init__` as they are now."""

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.errors import InputError
-from mini_ht.folded import FoldedCNN
+from mini_ht.files import check_regular
+from mini_ht.folded import FoldedCNN, restored
+from mini_ht.onnx_graph import from_channels_first, written_here
 from mini_ht.task_classifier import TaskClassifier, class_array
 
 FORMAT = "mini_ht classifier 1"
 SUFFIXES = (".onnx", ".npz")
-LARGEST_FILE = 1 << 28  # bytes; a classifier has kilobytes
+LARGEST_FILE, LARGEST_SIDE = 1 << 28, 4096  # bytes, a classifier has kilobytes; pixels
 Run = Callable[[NDArray[np.float32]], NDArray[np.floating]]
 
 
@@ -31,6 +33,7 @@ def load_classifier(path: str | os.PathLike[str]) -> TaskClassifier:
     file, data = _read(path)
     try:
         if file.suffix == ".onnx":
+            read_model(data)
             run: Any = OnnxNetwork(data)
             found = run.metadata
         else:
@@ -49,25 +52,30 @@ def load_network(path: str | os.PathLike[str]) -> TaskClassifier:
     file, data = _read(path)
     if file.suffix == ".npz":
         return load_classifier(file)
-    onnx = installed("onnx")
-    from onnx import numpy_helper
-
     try:
-        model = onnx.load_from_string(data)
+        model = read_model(data)
+        from onnx import numpy_helper
+
         found = {entry.key: entry.value for entry in model.metadata_props}
-        arrays = {}
+        stored = {}
         for tensor in model.graph.initializer:
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-            name = tensor.name.removesuffix(".half")
-            if name.startswith("conv"):
-                array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.ravel()
-            arrays[name] = array
+            stored[tensor.name] = from_channels_first(tensor.name, numpy_helper.to_array(tensor))
         shape = tuple(json.loads(found["preprocess"])["shape"])
-        return _classifier(FoldedCNN(arrays, float(found["slope"]), shape), found)
+        return _classifier(FoldedCNN(restored(stored), float(found["slope"]), shape), found)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{file} is cut short or is no classifier of mini_ht ({_line(error)}); write it anew"
         ) from error
+
+
+def read_model(data: bytes) -> Any:
+    """The onnx.ModelProto of a classifier; ValueError for a graph of another kind, which nothing should run."""
+    model = installed("onnx").load_from_string(data)
+    if not written_here(model):
+        raise ValueError("its graph is not one that mini_ht writes")
+    return model
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
@@ -76,6 +84,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
     if file.suffix not in SUFFIXES:
         raise InputError(f"{file} has suffix {file.suffix!r}; wanted {' or '.join(SUFFIXES)}")
     try:
+        check_regular(file, 1 << 50)
         if file.stat().st_size > LARGEST_FILE:
             raise InputError(
                 f"{file} has {file.stat().st_size:,} bytes; a classifier has kilobytes: it is another file"
@@ -91,18 +100,22 @@ def _classifier(run: Run, found: Mapping[str, str]) -> TaskClassifier:
         raise ValueError(f"its format is {found.get('format')!r}, not {FORMAT!r}")
     wanted = json.loads(found["preprocess"])
     shape = tuple(wanted["shape"])
+    if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in shape) or len(shape) != 3:
+        raise ValueError(f"its images have shape {shape}")
     classes = class_array(json.loads(found["classes"]))
     logits = run(np.zeros((1, *shape), np.float32))
+    if not np.isfinite(logits).all():
+        raise ValueError("its numbers are not finite")
     if logits.shape != (1, len(classes)):
         raise ValueError(f"it has {len(classes)} classes and {logits.shape[-1]} logits")
-    known = ("program", "generator", "config", "norm", "support")
+    known = ("program", "generator", "config", "weights", "norm", "support")
     provenance = {name: found[name] for name in known if name in found}
     return TaskClassifier(run, classes, shape, wanted["kind"], wanted["polarity"], provenance)
 
 
-def pack(network: FoldedCNN, about: Mapping[str, str], half: bool) -> bytes:
-    """An .npz of the arrays, and the metadata as JSON."""
-    arrays: dict[str, Any] = {k: x.astype(np.float16 if half else np.float32) for k, x in network.arrays.items()}
+def pack(network: FoldedCNN, about: Mapping[str, str], precision: str) -> bytes:
+    """An .npz of the arrays, in the precision that `FoldedCNN.stored` knows, and the metadata as JSON."""
+    arrays: dict[str, Any] = network.stored(precision)
     arrays["metadata"] = np.frombuffer(
         json.dumps(about).encode(), np.uint8
     )  # as text it would take four bytes a letter
@@ -113,21 +126,28 @@ def pack(network: FoldedCNN, about: Mapping[str, str], half: bool) -> bytes:
 def unpack(data: bytes) -> tuple[FoldedCNN, dict[str, str]]:
     """Back from `pack`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        if sum(file.file_size for file in stored.zip.infolist()) > LARGEST_FILE:
+            raise ValueError("it unpacks to gigabytes")
         arrays = {name: stored[name] for name in stored.files}
     found = json.loads(arrays.pop("metadata").tobytes())
-    single = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return FoldedCNN(single, float(found["slope"]), tuple(json.loads(found["preprocess"])["shape"])), found
+    shape = tuple(json.loads(found["preprocess"])["shape"])
+    return FoldedCNN(restored(arrays), float(found["slope"]), shape), found
 
 
 class OnnxNetwork:
-    """A session of onnxruntime on one core: images [m, H, W, C] -> logits [m, way]."""
+    """A session of onnxruntime on one core: images [m, H, W, C] -> logits [m, way].
 
-    def __init__(self, data: bytes) -> None:
+    Without `optimise` it starts twice as fast and runs the graph node by node, as the file has it.
+    """
+
+    def __init__(self, data: bytes, optimise: bool = True) -> None:
         ort = installed("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        if not optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # what fails is raised; it need not be printed, too
-        self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.floating]:

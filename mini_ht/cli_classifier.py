@@ -20,7 +20,9 @@ BEST = 3  # classes of an image that the table shows
 
 Checkpoint = Annotated[Positional[str], arg(help="'omniglot', which comes with the package, a run folder or a file.")]
 Force = Annotated[bool, arg(help="Replace what is there.")]
-Half = Annotated[bool, arg(help="Store numbers in half precision: a smaller file, slightly other answers.")]
+Precision = Annotated[
+    Literal["float32", "float16", "int8"], arg(help="Of the numbers in the file: fewer bits, a smaller file.")
+]
 Preprocess = Annotated[Literal["ink", "none"], arg(help="ink: from photos and drawings; none: images as they are.")]
 Polarity = Annotated[Literal["auto", "dark", "light"], arg(help="Of ink: dark on light, or light on dark.")]
 
@@ -33,7 +35,7 @@ class Adapt:
     support: Annotated[Positional[Path], arg(metavar="FOLDER", help="Holds a folder of images for each class.")]
     out: Annotated[Path, arg(aliases=["-o"], help="The classifier: a .onnx or .npz file.")]
     force: Force = False
-    half: Half = False
+    precision: Precision = "float32"
     preprocess: Preprocess = "ink"
     polarity: Polarity = "auto"
 
@@ -70,7 +72,7 @@ class AdaptMany:
     format: Annotated[Literal["onnx", "npz"], arg(help="What is written.")] = "onnx"
     workers: Annotated[int, arg(help="Processes, each on one core; 0 takes one a core.")] = 0
     force: Force = False
-    half: Half = False
+    precision: Precision = "float32"
     preprocess: Preprocess = "ink"
     polarity: Polarity = "auto"
 
@@ -88,7 +90,7 @@ def adapt(options: Adapt) -> None:
     for warning in warnings:
         print(f"mini-ht: warning: {warning}", file=sys.stderr)
     (classifier,) = adapt(generator, [task], *choice)
-    report = export(classifier, options.out, task.images, force=options.force, half=options.half)
+    report = export(classifier, options.out, task.images, force=options.force, precision=options.precision)
     print(
         f"{report.path}: {len(task.classes)} classes from {len(task.labels)} images, {report.size:,} bytes; "
         f"largest difference from NumPy {report.difference:.0e}"
@@ -155,22 +157,23 @@ def adapt_many(options: AdaptMany) -> int:
     """Write the classifiers with a progress bar; 1 if some folder failed."""
     from tqdm import tqdm
 
-    from mini_ht.adapt_many import Order, Outcome, adapt_many, support_folders
+    from mini_ht.adapt_many import Order, Outcome, adapt_many, own_folders, rank
 
     order = Order(
         options.checkpoint, options.out, f".{options.format}", options.preprocess, options.polarity, options.force,
-        options.half,
+        options.precision,
     )  # fmt: skip
     total = Outcome()
-    workers = options.workers or os.cpu_count() or 1
-    with tqdm(total=len(support_folders(options.folders)), unit="task", disable=None) as bar:
-        for count, outcome in adapt_many(order, options.folders, workers):
-            bar.update(count)
+    number, count = rank()
+    workers = options.workers or (1 if count > 1 else os.cpu_count() or 1)
+    with tqdm(total=len(own_folders(options.folders)), unit="task", disable=True if number else None) as bar:
+        for done, outcome in adapt_many(order, options.folders, workers):
+            bar.update(done)
             for line in (*(f"warning: {line}" for line in outcome.warnings), *outcome.failed):
                 bar.write(f"mini-ht: {line}", file=sys.stderr)
             total.add(outcome)
     print(f"{options.out}: {total.written} written, {total.skipped} were there, {len(total.failed)} failed")
-    return 1 if total.failed else 0
+    return 1 if total.failed and count == 1 else 0  # torchrun ends all ranks when one exits with 1
 
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mini_ht.classifier_file import FORMAT, SUFFIXES, OnnxNetwork, installed, pack, unpack
 from mini_ht.errors import InputError
 from mini_ht.files import write_atomically
-from mini_ht.folded import FoldedCNN
+from mini_ht.folded import PRECISIONS, FoldedCNN
 from mini_ht.onnx_graph import onnx_model
 from mini_ht.task_classifier import TaskClassifier
 
@@ -40,7 +40,7 @@ def export(
     images: NDArray[np.float32],
     *,
     force: bool = False,
-    half: bool = False,
+    precision: str = "float32",
 ) -> Report:
     """Write a classifier as .onnx or .npz, after comparing what the file computes with NumPy.
 
@@ -52,31 +52,40 @@ def export(
         path: where to, ending in .onnx (needs onnx and onnxruntime) or .npz.
         images: [m, H, W, C] prepared ones to compare on.
         force: replace a file that is there.
-        half: store the numbers in half precision; NumPy is compared with these.
+        precision: of the numbers in the file: "float32", "float16" or "int8"; NumPy is compared with these.
 
     Raises:
-        InputError: a file that is there, another suffix, class names that are not text or numbers, packages that are
-            not installed, a folder that cannot be written, or a difference above 1e-4. Then nothing is written.
+        InputError: a file that is there, another suffix or precision, class names that are not text or numbers,
+            packages that are not installed, a folder that cannot be written, or a difference above 1e-4. Then nothing
+            is written.
     """
     file = check_target(path, force)
+    data, difference = checked_bytes(classifier, file, images, precision)
+    write_atomically(file, data)
+    return Report(file, len(data), difference)
+
+
+def checked_bytes(
+    classifier: TaskClassifier, file: Path, images: NDArray[np.float32], precision: str
+) -> tuple[bytes, float]:
+    """What `export` writes, and how far it is from NumPy; arguments and errors are the same."""
     network = classifier.network
     if not isinstance(network, FoldedCNN):
         raise InputError("this classifier was read from an ONNX file; copy that file, or adapt anew")
-    if half:
-        network = network.half()
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     about = metadata(classifier, network)
     if file.suffix == ".onnx":
         installed("onnx")
-        data = onnx_model(network, about, half)
-        written: Any = OnnxNetwork(data)
+        data = onnx_model(network, about, precision)
+        written: Any = OnnxNetwork(data, optimise=False)
     else:
-        data = pack(network, about, half)
+        data = pack(network, about, precision)
         written = unpack(data)[0]
-    difference = float(np.abs(written(images) - network(images)).max())
+    difference = float(np.abs(written(images) - network.rounded(precision)(images)).max())
     if not difference <= LARGEST_DIFFERENCE:  # NaN, too
         raise InputError(f"{file} would differ from NumPy by {difference:.1e} (1e-4 at most); it was not written")
-    write_atomically(file, data)
-    return Report(file, len(data), difference)
+    return data, difference
 
 
 def check_target(path: str | os.PathLike[str], force: bool, suffixes: tuple[str, ...] = SUFFIXES) -> Path:

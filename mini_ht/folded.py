@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from mini_ht.errors import InputError
 from mini_ht.kernels import NORM_EPS, reference
 
 Floats = NDArray[np.floating]
+PRECISIONS = ("float32", "float16", "int8")  # of the numbers in a file
+INT8 = 127  # whole numbers go from -127 to 127
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,36 @@ class FoldedCNN:
         """How many numbers it consists of."""
         return sum(array.size for array in self.arrays.values())
 
-    def half(self) -> FoldedCNN:
-        """The same with every number rounded to half precision; it still computes in single."""
-        rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in self.arrays.items()}
-        return dataclasses.replace(self, arrays=rounded)
+    def stored(self, precision: str) -> dict[str, NDArray[Any]]:
+        """The arrays as a file holds them; `restored` leads back.
+
+        precision: "float32", "float16", or "int8", where weights become whole numbers and `<name>.step` says what 1 is
+        worth: another step for each channel or class, [1, 1, 1, Cout] or [way, 1] float32, like all other arrays.
+        """
+        if precision != "int8":
+            return {name: array.astype(precision) for name, array in self.arrays.items()}
+        found: dict[str, NDArray[Any]] = {}
+        for name, array in self.arrays.items():
+            found[name] = array.astype(np.float32)
+            if name.endswith(".weight"):
+                largest = abs(found[name]).max((0, 1, 2) if array.ndim == 4 else 1, keepdims=True)
+                step = np.where(largest > 0, largest / np.float32(INT8), np.float32(1))
+                found |= {name: np.rint(found[name] / step).astype(np.int8), f"{name}.step": step}
+        return found
+
+    def rounded(self, precision: str) -> FoldedCNN:
+        """The same with every number rounded as a file holds it; it still computes in float32."""
+        return dataclasses.replace(self, arrays=restored(self.stored(precision)))
+
+
+def restored(stored: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
+    """The float32 arrays of a FoldedCNN from what `stored` gave."""
+    single = {name: array.astype(np.float32) for name, array in stored.items()}
+    return {
+        name: array * single[f"{name}.step"] if f"{name}.step" in single else array
+        for name, array in single.items()
+        if not name.endswith(".step")
+    }
 
 
 def fold(cnn: GeneratedCNN, classes: int, episode: int = 0) -> FoldedCNN:

@@ -13,13 +13,18 @@ from mini_ht.errors import InputError
 
 PREPROCESS = ("ink", "none")
 POLARITY = ("auto", "dark", "light")
+CHUNK = 32  # images that are cut and scaled together
 WORKING = 112  # longer side, in pixels, at which ink is looked for; a smaller image stays as it is
 STROKE = 0.223  # a pen stroke is narrower than this share of the longer side
 SHARE = 18 / 28  # of the side that the drawing takes, as Omniglot's do
 FAINTEST = 0.1  # contrast, 1 being black on white, below which there is no ink
 CLEAN, NOISY = (0.02, 0.98), (0.35, 0.85)  # what becomes 0 and 1, as shares of the darkest: on a screen, in a photo
 GREY = np.array([[0.299], [0.587], [0.114]], np.float32)  # of red, green and blue, as eyes weigh them
+GREYS = np.arange(256, dtype=np.float32)
+LOBES = 3  # of Lanczos' filter on either side, as Pillow has it
 Source = Any  # a path, a Pillow image, or [H, W], [H, W, 1], [H, W, 3], [H, W, 4] of uint8, bool, or floats in [0, 1]
+Floats = NDArray[np.float32]
+Ink = tuple[Floats, Floats, Floats]
 
 
 def prepare(
@@ -44,12 +49,17 @@ def prepare(
     if preprocess == "ink" and shape[2] != 1:
         raise InputError(f"this generator reads {shape[2]} channels, and ink has one; use preprocess='none'")
     prepared = np.empty((len(images), *shape), np.float32)
-    for number, image in enumerate(images):
-        name = str(image) if isinstance(image, str | Path) else f"image {number}"
+    names = [str(image) if isinstance(image, str | Path) else f"image {k}" for k, image in enumerate(images)]
+    if preprocess == "ink":
+        for start in range(0, len(images), CHUNK):
+            some = slice(start, start + CHUNK)
+            pairs = zip(images[some], names[some], strict=True)
+            inks = [_ink(_picture(image, name), polarity, name) for image, name in pairs]
+            prepared[some, ..., 0] = _cut(inks, shape[0])
+        return prepared
+    for number, (image, name) in enumerate(zip(images, names, strict=True)):
         pixels = _pixels(image, shape[2], name)
-        if preprocess == "ink":
-            pixels = _ink(pixels, shape[0], polarity, name)[..., None]
-        elif pixels.shape != shape:
+        if pixels.shape != shape:
             what = "give images of that size, or use preprocess='ink'"
             raise InputError(f"{name} has shape {list(pixels.shape)}; wanted {list(shape)}: {what}")
         prepared[number] = pixels
@@ -95,24 +105,29 @@ def _pixels(image: Source, channels: int, name: str) -> NDArray[np.float32]:
     return pixels
 
 
-def _ink(pixels: NDArray[np.float32], size: int, polarity: str, name: str) -> NDArray[np.float32]:
-    """Grey [H, W, 1] -> ink [size, size]."""
-    height, width = pixels.shape[:2]
-    picture = Image.fromarray((255 * pixels[..., 0] + 0.5).astype(np.uint8))
-    if max(height, width) > WORKING:
-        scale = WORKING / max(height, width)
-        at = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = picture.resize(at, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    counts = picture.histogram()
-    drawn = 2 * max(counts) > picture.width * picture.height  # on a screen: most pixels are of one grey
-    if polarity == "light" or (polarity == "auto" and _light_on_dark(picture, drawn)):
-        picture = ImageOps.invert(picture)
-    grey = np.asarray(picture, np.float32)
+def _picture(image: Source, name: str) -> Image.Image:
+    """The image in 8-bit grey."""
+    if isinstance(image, str | Path):
+        return read_upright(image, 1, still=True)
+    return Image.fromarray((255 * _pixels(image, 1, name)[..., 0] + 0.5).astype(np.uint8))
+
+
+def _ink(picture: Image.Image, polarity: str, name: str) -> Ink:
+    """8-bit grey -> ink in whole numbers 0 .. 255 [H, W], and the most in each row [H] and column [W], up to 1."""
+    if max(picture.size) > WORKING:
+        scale = WORKING / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    counts = np.array(picture.histogram())  # [256]
+    drawn = bool(2 * counts.max() > counts.sum())  # on a screen: most pixels are of one grey, which is the median
+    if polarity == "light" or (polarity == "auto" and _light_on_dark(picture, counts, drawn)):
+        picture, counts = ImageOps.invert(picture), counts[::-1]
+    grey = np.asarray(picture)  # [H, W]
     if drawn:
-        ink = np.float32(np.median(grey)) - grey
-        strongest, (low, high) = ink.max(), CLEAN
+        ink = np.float32(counts.argmax()) - GREYS  # [256], by grey: a table will do
+        strongest, (low, high) = ink[counts > 0][0], CLEAN
     else:
-        ink = _paper(picture) - grey
+        ink = _paper(picture) - grey  # [H, W]
         ranks = [ink.size // 2, int(0.998 * ink.size)]
         ground, strongest = np.partition(ink, ranks, axis=None)[ranks]  # median, and nearly the largest
         ink -= ground  # noise lifts the paper
@@ -121,32 +136,71 @@ def _ink(pixels: NDArray[np.float32], size: int, polarity: str, name: str) -> ND
         what = "wanted a drawing, dark or light on its ground"
         raise InputError(f"{name} shows no ink (contrast {max(0, strongest) / 255:.2f}); {what}")
     ink = ((ink / strongest - low) / (high - low)).clip(0, 1)
-    (top, bottom), (left, right) = _ends(ink.max(1)), _ends(ink.max(0))
-    half = max(bottom - top, right - left) / SHARE / 2
-    pad = int(2 * half) + 1  # so that the square to be cut lies inside
-    y, x = (top + bottom) / 2 + pad, (left + right) / 2 + pad
-    page = np.zeros((ink.shape[0] + 2 * pad, ink.shape[1] + 2 * pad), np.uint8)
-    page[pad:-pad, pad:-pad] = 255 * ink + 0.5
-    box = (x - half, y - half, x + half, y + half)
-    cut = Image.fromarray(page).resize((size, size), Image.Resampling.LANCZOS, box)
-    return np.asarray(cut, np.float32) / np.float32(255)
+    page = np.floor(255 * ink + np.float32(0.5))
+    if drawn:
+        return page.take(grey), ink[grey.min(1)], ink[grey.min(0)]
+    return page, ink.max(1), ink.max(0)
 
 
-def _ends(profile: NDArray[np.float32]) -> tuple[float, float]:
-    """Where ink begins and ends along an axis: pixels count from 0.25, those at the ends by how full they are."""
-    inked = np.flatnonzero(profile > 0.25)
-    first, last = inked[0] + 1, inked[-1] + 1
-    full = np.pad(profile, 1)
-    return float(first - full[first] - full[first - 1]), float(last - 1 + full[last] + full[last + 1])
+def _cut(inks: Sequence[Ink], size: int) -> Floats:
+    """A square around each drawing, with the ink in its middle: [n, size, size] in [0, 1].
+
+    What Pillow's `resize` gives for each, with paper all around: columns, then rows, in whole numbers.
+    """
+    most = max(max(page.shape) for page, _, _ in inks)
+    pages = np.zeros((len(inks), most, most), np.float32)
+    profiles = np.zeros((2, len(inks), most + 2), np.float32)  # of rows and columns, with paper at both ends
+    for number, (page, *both) in enumerate(inks):
+        pages[number, : page.shape[0], : page.shape[1]] = page
+        for profile, part in zip(profiles, both, strict=True):
+            profile[number, 1 : 1 + len(part)] = part
+    begin, end = _ends(profiles)  # [2, n] each
+    sides = (end - begin).max(0) / SHARE  # [n]
+    rows, columns = _lanczos((begin + end) / 2, sides, size, most)  # [n, size, most] each
+    across = np.rint(pages @ columns.mT).clip(0, 255)  # [n, most, size]
+    return np.rint(rows @ across).clip(0, 255) / np.float32(255)  # [n, size, size]
 
 
-def _light_on_dark(picture: Image.Image, drawn: bool) -> bool:
+def _ends(profiles: Floats) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Where ink begins and ends along an axis, by its profiles [..., H + 2] with 0 at both ends: two of [...].
+
+    Pixels count from 0.25, those at the ends by how full they are.
+    """
+    inked = profiles > 0.25
+
+    def full(at: NDArray[np.integer]) -> NDArray[np.floating]:
+        return np.take_along_axis(profiles, at[..., None], -1)[..., 0].astype(float)
+
+    first, last = inked.argmax(-1), inked.shape[-1] - 1 - inked[..., ::-1].argmax(-1)
+    return first - full(first) - full(first - 1), last - 1 + full(last) + full(last + 1)
+
+
+def _lanczos(middles: NDArray[np.floating], sides: NDArray[np.floating], size: int, most: int) -> NDArray[np.float32]:
+    """Weights [..., n, size, most] that bring windows around `middles` [..., n], `sides` [n] wide, to `size` pixels."""
+    scale = sides[:, None] / size  # [n, 1]
+    width = np.maximum(scale, 1)
+    centres = middles[..., None] + (np.arange(size) + 0.5 - size / 2) * scale  # [..., n, size]
+    first = np.floor(centres - LOBES * width)  # [..., n, size]
+    taps = np.arange(int(2 * LOBES * width.max()) + 2)
+    x = ((first + 0.5 - centres) / width).astype(np.float32)[..., None]
+    x = (x + (taps / width).astype(np.float32)[:, None]).clip(-LOBES, LOBES)  # [..., n, size, taps]
+    weights = np.sinc(x) * np.sinc(x / LOBES)
+    weights /= weights.sum(-1, keepdims=True)
+    dense = np.zeros((*centres.shape, most + 2), np.float32)  # with a column on either side for what lies outside
+    at = (first.astype(int)[..., None] + taps + 1).clip(0, most + 1)
+    np.put_along_axis(dense, at, weights, -1)
+    return dense[..., 1:-1]
+
+
+def _light_on_dark(picture: Image.Image, counts: NDArray[np.integer], drawn: bool) -> bool:
     """Whether the few pixels that differ from the ground are lighter than it: the sign of the skewness."""
-    grey = np.asarray(picture, np.float32)
-    if not drawn:  # without the light's slope
-        grey = grey - np.asarray(picture.filter(ImageFilter.BoxBlur(max(picture.size) / 5)), np.float32)
-    grey = grey - grey.mean()
-    return bool((grey * grey * grey).mean() > 0)
+    if drawn:
+        grey = GREYS - counts @ GREYS / counts.sum()
+        return bool(counts @ (grey * grey * grey) > 0)
+    blurred = picture.filter(ImageFilter.BoxBlur(max(picture.size) / 5))
+    slopeless = np.asarray(picture, np.float32) - np.asarray(blurred, np.float32)  # without the light's slope
+    slopeless -= slopeless.mean()
+    return bool((slopeless * slopeless * slopeless).mean() > 0)
 
 
 def _paper(picture: Image.Image) -> NDArray[np.float32]:

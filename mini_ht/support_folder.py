@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mini_ht.adaptation import Task, duplicates
+from mini_ht.datasets.folder import check_paths
 from mini_ht.errors import InputError
 from mini_ht.ink import prepare
 
@@ -37,6 +38,7 @@ def read_support(
     paths = [image for images in files.values() for image in images] + unlabelled
     if len(paths) > MOST_IMAGES:
         raise InputError(f"{root} has {len(paths):,} images; a support set has up to {MOST_IMAGES:,}: take fewer")
+    check_paths(root, [*(root / name for name in files), *paths])
     labels = np.repeat(np.arange(len(classes)), [len(images) for images in files.values()])
     labels = np.concatenate([labels, np.full(len(unlabelled), -1)])
     task = Task(prepare(paths, preprocess, shape, polarity), labels, classes)
