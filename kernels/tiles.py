@@ -59,7 +59,7 @@ def listed(file: str) -> dict[str, Tile]:
     """The tiles of a list; InputError for a file that cannot be read or holds something else."""
     try:
         return {key: Tile(**fields) for key, fields in json.loads(Path(file).read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{LIST} names {file}, which is no list of tiles ({error}); make one with "
                          "'python -m mini_ht.kernels.tune', or unset it") from error  # fmt: skip
 

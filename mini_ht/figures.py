@@ -1,7 +1,9 @@
 """Figures: how a training went, and one episode with what was generated for it."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,30 @@ from numpy.typing import NDArray
 
 from mini_ht.config import Config
 from mini_ht.episodes import Episodes
+from mini_ht.files import write_atomically
 from mini_ht.generator import generate
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+DRAWN = ("episodes", "train_accuracy")
 MOST_CLASSES = 10  # more rows would be too small to read
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last one that was cut short."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    """The rows of a metrics.jsonl, without lines that are none, such as a last one that was cut short."""
+    rows = []
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], file: Path) -> None:
     """Accuracy against episodes: training classes, unseen classes, and horizontal lines such as chance."""
     figure, axes = new_figure(7, 4)
+    rows = [row for row in rows if all(isinstance(row.get(name), int | float) for name in DRAWN)]
     episodes = [row["episodes"] for row in rows]
     axes.plot(episodes, [100 * row["train_accuracy"] for row in rows], color="#8c959f", label="training classes")
-    seen = [row for row in rows if row["validation_accuracy"] is not None]
+    seen = [row for row in rows if isinstance(row.get("validation_accuracy"), int | float)]
     x, y = [row["episodes"] for row in seen], [100 * row["validation_accuracy"] for row in seen]
     axes.plot(x, y, color="#0969da", linewidth=2, label="validation classes, never trained on")
     for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
@@ -100,6 +109,6 @@ def new_figure(width: float, height: float, axes: bool = True) -> tuple[Any, Any
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """Write a PNG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, facecolor="white")
+    """Write a PNG, whole or not at all."""
+    figure.savefig(packed := io.BytesIO(), format="png", dpi=120, facecolor="white")
+    write_atomically(file, packed.getvalue())

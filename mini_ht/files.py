@@ -1,10 +1,26 @@
 """Writing files whole or not at all."""
 
+import errno
+import functools
 import os
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from mini_ht.errors import InputError
+
+PART = (".mini_ht-", ".part")  # how the name of a file that is being written begins and ends
+STALE = 600.0  # seconds after its last change when such a file is one that a killed process left
+
+
+@functools.cache  # once for each folder
+def sweep(folder: Path) -> None:
+    """Remove the half written files that killed processes left in a folder."""
+    for part in folder.glob("*".join(PART)):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
 
 
 def write_atomically(file: Path, data: bytes) -> None:
@@ -15,7 +31,8 @@ def write_atomically(file: Path, data: bytes) -> None:
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        sweep(file.parent)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=PART[0], suffix=PART[1])
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -29,3 +46,17 @@ def write_atomically(file: Path, data: bytes) -> None:
             raise
         why = error.strerror or error
         raise InputError(f"cannot write {file}: {why}; free some space or choose another folder") from error
+
+
+def read_regular(file: Path, most: int) -> bytes:
+    """The bytes of a file; OSError, with a reason, for more than `most` of them and for a pipe, which may never end."""
+    check_regular(file, most)
+    return file.read_bytes()
+
+
+def check_regular(file: Path, most: int) -> None:
+    """Raise OSError, with a reason, unless a file is there, is no folder or pipe, and has at most `most` bytes."""
+    if (size := file.stat().st_size) > most:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, up to {most:,} are read", str(file))
+    if not file.is_file():
+        raise OSError(errno.EINVAL, "Is a directory" if file.is_dir() else "it is no plain file", str(file))

@@ -1,5 +1,6 @@
 """Images grouped by class, and reading one image file into the shape the models take."""
 
+import io
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mini_ht.errors import InputError
+from mini_ht.files import read_regular
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # others start programs, or are decoded in Python
+# A small file can unpack to gigabytes. JPEG files may go over every pixel many times: scans times pixels are limited.
+MOST_BYTES, MOST_PIXELS, MOST_SCANNED = 1 << 28, 1 << 26, 1 << 30
+RUN_LENGTH = (1, 2)  # compressions of BMP that are decoded in Python
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,36 +47,46 @@ class ImageSet:
         return ImageSet(self.pixels[rows], counts, tuple(self.names[i] for i in ids))
 
 
-def read_image(source: str | Path | IO[bytes], size: int, channels: int) -> np.ndarray:
+def read_image(source: str | Path | IO[bytes], size: int, channels: int, most: int = MOST_PIXELS) -> np.ndarray:
     """Reads an image file, turns it upright, cuts out its central square and scales that.
 
-    Any mode Pillow can convert is taken: palette, 1-bit, 16-bit grey, CMYK; transparency is laid over white.
+    PNG, JPEG, GIF, BMP, TIFF and WebP of up to `most` pixels, of any mode Pillow can convert: palette, 1-bit, 16-bit
+    grey, CMYK; transparency is laid over white.
     Returns [size, size, channels] uint8 (channels 1 is grey, 3 is RGB).
     Raises InputError, which names the file, if it is missing, damaged, not an image or too large to be harmless.
     """
     if channels not in (1, 3) or size < 1:
         raise InputError(f"got image size {size} and {channels} channels; give a size >= 1 and 1 or 3 channels")
-    image = ImageOps.fit(read_upright(source, channels), (size, size), Image.Resampling.LANCZOS)
+    return to_square(read_upright(source, channels, most=most), size, channels)
+
+
+def to_square(image: Image.Image, size: int, channels: int) -> np.ndarray:
+    """The central square of an 8-bit grey or colour image, scaled: [size, size, channels] uint8, channels 1 or 3."""
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels)
 
 
-def read_upright(source: str | Path | IO[bytes], channels: int, still: bool = False) -> Image.Image:
+def read_upright(
+    source: str | Path | IO[bytes], channels: int, still: bool = False, most: int = MOST_PIXELS
+) -> Image.Image:
     """The whole image of a file, upright, as grey (channels 1) or RGB (3); what is taken and refused: `read_image`.
 
     With `still` an animation is refused, too; otherwise its first frame is read.
     """
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "image")
     try:
+        if isinstance(source, (str, Path)):
+            data = read_regular(Path(source), MOST_BYTES)
+        else:
+            data = source.read(MOST_BYTES)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file can unpack to gigabytes
-            with Image.open(source) as opened:
-                # MPO is how some phones write a JPEG: the further frames are previews.
-                frames = getattr(opened, "n_frames", 1)
-                if still and frames > 1 and opened.format != "MPO":
-                    raise ValueError(f"it holds {frames} frames, one is wanted")
-                image = _eight_bits(ImageOps.exif_transpose(opened))
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                _check(opened, data, still, most)
+                ImageOps.exif_transpose(opened, in_place=True)
+                image = _eight_bits(opened)
         if image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image if image.mode == "RGBA" else image.convert("RGBA")  # a copy is 256 MiB
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # decoders meet damage with errors of nearly every type
@@ -79,16 +96,32 @@ def read_upright(source: str | Path | IO[bytes], channels: int, still: bool = Fa
         ) from error
 
 
+def _check(image: Image.Image, data: bytes, still: bool, most: int) -> None:
+    """Refuse, before its pixels are decoded, an image that is too large or too slow, or an animation."""
+    pixels = image.width * image.height
+    if pixels > most:
+        raise ValueError(f"{image.width} x {image.height} pixels exceeds the limit of {most:,}")
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") * pixels > MOST_SCANNED:
+        raise ValueError(f"{image.width} x {image.height} pixels in {data.count(bytes([255, 218]))} scans are too slow")
+    if image.format == "BMP" and image.info.get("compression") in RUN_LENGTH:
+        raise ValueError("a BMP file with run lengths is too slow")
+    # MPO is how some phones write a JPEG: the further frames are previews. Counting frames could take long.
+    if still and getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError("it holds at least 2 frames, one is wanted")
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey, which Pillow would clip at 255, to 8 bits; other images pass unchanged."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range, convert them to 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.array(image).astype(np.int32, copy=False)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"pixels reach from {values.min()} to {values.max()}, at most 16 bits are supported")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def progress(items: Iterable[Any], total: int, what: str, unit: str = "image") -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import urllib.request
 import zipfile
 from contextlib import suppress
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mini_ht.datasets.images import ImageSet, progress, read_image
+from mini_ht.datasets.mapped import cache_dir
 from mini_ht.errors import InputError
-from mini_ht.files import write_atomically
+from mini_ht.files import read_regular, write_atomically
 
 HOME = "https://github.com/brendenlake/omniglot/raw/master/python/"
 ARCHIVES = {  # name: (characters, MD5 of the published file)
@@ -22,13 +22,10 @@ ARCHIVES = {  # name: (characters, MD5 of the published file)
     "images_evaluation.zip": (659, "6b91aef0f799c5bb55b94e3f2daec811"),
 }
 DRAWINGS = 20
+# The published archives have 10 MB, unpacked 6 MB, and drawings of 105 x 105; repacked ones differ a little.
+MOST_BYTES, MOST_PIXELS = 1 << 25, 1 << 16  # of an archive, packed and unpacked; of a drawing
 VALIDATION_ALPHABETS = ("Syriac_(Estrangelo)", "Tagalog", "Tifinagh")  # last three of the background set, 95 characters
 _FORMAT = b"1"  # raise it when cached pixels would come out differently
-
-
-def cache_dir() -> Path:
-    """Where prepared and downloaded data is kept: $MINI_HT_CACHE, or ~/.cache/mini_ht."""
-    return Path(os.environ.get("MINI_HT_CACHE") or Path.home() / ".cache" / "mini_ht")
 
 
 def omniglot(data_dir: str | Path, size: int = 28, split: str = "random") -> dict[str, ImageSet]:
@@ -72,17 +69,24 @@ def download(data_dir: str | Path) -> None:
 def _load(data_dir: Path, size: int) -> ImageSet:
     """All characters, background before evaluation, each sorted by name; from the cache where it has them."""
     try:
-        content = b"".join((data_dir / name).read_bytes() for name in ARCHIVES)
+        content = {name: read_regular(data_dir / name, MOST_BYTES) for name in ARCHIVES}
     except OSError as error:
         advice = f"get {' and '.join(ARCHIVES)} from {HOME}, or name no data directory to have that done"
         raise InputError(f"cannot read {error.filename} ({error.strerror}); {advice}") from error
     # Named after the archives' content: copies of them share a cache, and no change goes unnoticed.
-    cached = cache_dir() / f"omniglot-{size}-{hashlib.blake2b(_FORMAT + content, digest_size=8).hexdigest()}.npz"
+    digest = hashlib.blake2b(b"".join([_FORMAT, *content.values()]), digest_size=8).hexdigest()
+    cached = cache_dir() / f"omniglot-{size}-{digest}.npz"
     try:
         with np.load(io.BytesIO(cached.read_bytes())) as arrays:
             pixels, names = arrays["pixels"], arrays["names"]
+        if pixels.shape != (DRAWINGS * len(names), size, size, 1) or (pixels.dtype, names.dtype.kind) != (
+            np.uint8,
+            "U",
+        ):
+            raise ValueError("another shape")
     except Exception:
-        parts = [_read_archive(data_dir / name, classes, size) for name, (classes, _) in ARCHIVES.items()]
+        files = [(content[name], data_dir / name, classes) for name, (classes, _) in ARCHIVES.items()]
+        parts = [_read_archive(io.BytesIO(data), path, classes, size) for data, path, classes in files]
         pixels, names = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         np.savez(packed := io.BytesIO(), pixels=pixels, names=names)
         with suppress(InputError):  # an unwritable cache costs seconds at the next start, nothing else
@@ -90,10 +94,13 @@ def _load(data_dir: Path, size: int) -> ImageSet:
     return ImageSet(pixels, np.full(len(names), DRAWINGS, np.int64), tuple(names.tolist()))
 
 
-def _read_archive(path: Path, classes: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_archive(data: io.BytesIO, path: Path, classes: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Scaled pixels [classes * DRAWINGS, size, size, 1] uint8 and character names [classes] of one archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(data) as archive:
+            # What is read of a file ends at the size that the archive states.
+            if (unpacked := sum(file.file_size for file in archive.infolist())) > MOST_BYTES:
+                raise ValueError(f"{unpacked:,} bytes when unpacked")
             # Repacked copies may lie in another folder: the last three parts of a path are what counts.
             files = sorted((name.split("/")[-3:], name) for name in archive.namelist() if name.endswith(".png"))
             found, counts = np.unique(["/".join(parts[:-1]) for parts, _ in files], return_counts=True)
@@ -102,8 +109,8 @@ def _read_archive(path: Path, classes: int, size: int) -> tuple[np.ndarray, np.n
             pixels = np.empty((len(files), size, size, 1), np.uint8)
             for row, (_, name) in enumerate(progress(files, len(files), f"reading {path.name}")):
                 with archive.open(name) as file:
-                    pixels[row] = 255 - read_image(file, size, channels=1)
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, InputError) as error:
+                    pixels[row] = 255 - read_image(file, size, channels=1, most=MOST_PIXELS)
+    except Exception as error:  # damage of a zip file has many names
         expected = f"{classes} characters of {DRAWINGS} drawings"
         raise InputError(f"{path}: {error}; expected {expected}, get {path.name} again from {HOME}") from error
     return pixels, found

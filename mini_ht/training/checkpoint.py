@@ -1,6 +1,7 @@
 """What a run needs to go on exactly where it stopped, in one safetensors file beside the model."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,14 @@ def load_run(run_dir: Path, config: Config, device: torch.device) -> State:
         raise InputError(f"{came}; resume with its own, or use another folder")
     layout = Layout(config)
     vectors: dict[str, Any] = {
-        name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device) for name in VECTORS
+        name: layout.join({key: tensors[f"{name}/{key}"] for key in layout.shapes}).to(device, torch.float32)
+        for name in VECTORS
     }
-    figures: dict[str, Any] = {name: float(metadata[name]) for name in FIGURES}
-    return State(**vectors, **figures | {"step": int(metadata["step"])})
+    try:
+        figures: dict[str, Any] = {name: float(metadata[name]) for name in FIGURES}
+        figures["step"] = int(metadata["step"])
+        if not all(math.isfinite(figure) for figure in figures.values()) or not 0 <= figures["step"] < 1 << 53:
+            raise ValueError(f"they are {figures}")
+    except (KeyError, ValueError, OverflowError) as error:
+        raise InputError(f"{run_dir / STATE} has no good figures ({error}); train again with --overwrite") from error
+    return State(**vectors, **figures)
