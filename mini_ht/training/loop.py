@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.errors import InputError
 from mini_ht.evaluation import affordable_queries, evaluate, evaluation_episodes
-from mini_ht.parameters import CHECKPOINT, draw_parameters
+from mini_ht.parameters import CHECKPOINT, draw_parameters, save, to_numpy
 from mini_ht.training.checkpoint import STATE, State, load_run, save_run
 from mini_ht.training.device import DeviceStep, set_gradient
+from mini_ht.training.distributed import ALONE, Ranks, join, restarted
 from mini_ht.training.flat import Layout
-from mini_ht.training.log import METRICS, Log, truncate_metrics
+from mini_ht.training.log import METRICS, Log, open_board, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
+from mini_ht.training.statistics import learn_statistics
 from mini_ht.training.workers import Clock, Workers
 
 CHECKPOINT_SECONDS = 60.0
@@ -32,17 +34,18 @@ DIVERGED = 10.0  # times the loss of guessing
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block, so that a checkpoint never holds half a step."""
+    """Ctrl-C and SIGTERM take effect at the end of the block, so that a checkpoint never holds half a step."""
     seen: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # other threads get no Ctrl-C
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number)) if main else None
+    main = threading.current_thread() is threading.main_thread()  # other threads get no signals
+    waiting = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in waiting}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-    if seen:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for first in seen[:1]:
+        signal.raise_signal(first)
 
 
 def adamw(config: Config, state: State) -> torch.optim.AdamW:
@@ -66,10 +69,22 @@ def adamw(config: Config, state: State) -> torch.optim.AdamW:
 class Trainer:
     """The state of a training, and one step of it."""
 
+    ranks = ALONE
+
     def __init__(
-        self, config: Config, images: ImageSet, workers: int = 0, state: State | None = None, impl: str = "auto"
+        self,
+        config: Config,
+        images: ImageSet,
+        workers: int = 0,
+        state: State | None = None,
+        impl: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
-        """workers: processes that share each step; 0 takes one a core. With a GPU there is one, and impl is heard."""
+        """workers: processes that share each step (each rank's part of it); 0 takes one a core, or one a rank.
+
+        With a GPU there is one, and impl is heard.
+        """
+        self.ranks = ranks
         self.config, self.layout = config, Layout(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.state = state or fresh_state(config, self.device)
@@ -80,9 +95,10 @@ class Trainer:
             raise InputError(f"workers is {workers}; wanted 0 (one a core) or more")
         # A GPU takes whole steps; cores share the gradient of each.
         on_gpu = self.device.type == "cuda"
-        self.graph = DeviceStep(config, images, self.state, self.optimiser, impl) if on_gpu else None
-        count = min(workers or os.cpu_count() or 1, config.episodes_per_step)
-        self.workers = None if on_gpu else Workers(config, images, self.state.vector, count)
+        self.graph = DeviceStep(config, images, self.state, self.optimiser, impl, ranks) if on_gpu else None
+        part = ranks.part(config.episodes_per_step)
+        count = min(workers or (1 if ranks.joined else os.cpu_count() or 1), part.stop - part.start)
+        self.workers = None if on_gpu else Workers(config, images, self.state.vector, count, part)
 
     def step(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
         """One update with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm.
@@ -96,8 +112,10 @@ class Trainer:
                 self.state.step += 1
             return loss, accuracy, norm
         assert self.workers
-        gradient, figures = self.workers.gradient(self.state.step, clock)
-        loss, accuracy = figures.tolist()
+        totals = torch.cat(self.workers.gradient(self.state.step, clock))  # [size + 2]
+        self.ranks.add_up(totals)
+        clock("wait")
+        gradient, (loss, accuracy) = totals[:-2], totals[-2:].tolist()
         norm = float(gradient.norm())
         self.check(loss, norm)
         if self.config.clip and norm > self.config.clip:
@@ -149,6 +167,8 @@ def check_data(config: Config, images: Mapping[str, ImageSet]) -> None:
     """Draw an episode of each part, so that too few classes or images are noticed before anything is written."""
     for part, some in images.items():
         task = config.task if part == "train" else part_task(config, some)
+        if part == "train" and config.vary:
+            task["shot"] = config.vary
         if part == "test":
             task["way"] = config.way
         try:
@@ -183,28 +203,53 @@ def train(
             `if __name__ == "__main__"`.
         quiet: no progress bar.
 
+    Of several ranks that torchrun started, each calls this: all share the steps and have the state in the end, and
+    the first alone touches `run_dir`. Started again after one ended, they go on from the checkpoint.
+
     Raises:
         InputError: a folder in use, a checkpoint that does not fit, too few classes or images, divergence.
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+        KeyboardInterrupt: after Ctrl-C, or when another rank has ended, once the checkpoint is written.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     check_data(config, images)
-    if not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
+    ranks = join()
+    resume = ranks.first and (resume or (restarted() and (run_dir / STATE).exists()))
+    if ranks.first and not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = load_run(run_dir, config, device) if resume else None
-    trainer = Trainer(config, images["train"], workers, state)
-    state = trainer.state
+    state = load_run(run_dir, config, device) if resume else fresh_state(config, device)
+    ranks = ranks.begin(config, images["train"], state)
+    trainer = Trainer(config, images["train"], workers, state, ranks=ranks)
     try:
-        save_run(run_dir, config, state)
-        truncate_metrics(run_dir / METRICS, state.step)
-        with SummaryWriter(str(run_dir / "tensorboard"), purge_step=state.step) as board:
-            log = Log(run_dir / METRICS, board, config, state, quiet)
-            run(trainer, images.get("validation"), run_dir, log)
+        if ranks.first:
+            lead(trainer, images, run_dir, quiet)
+        else:
+            follow(trainer)
     finally:
         trainer.close()
     return state
+
+
+def lead(trainer: Trainer, images: Mapping[str, ImageSet], run_dir: Path, quiet: bool) -> None:
+    """The steps of the first rank, which writes all files."""
+    config, state = trainer.config, trainer.state
+    save_run(run_dir, config, state)
+    truncate_metrics(run_dir / METRICS, state.step)
+    with open_board(run_dir, state.step) as board:
+        log = Log(run_dir / METRICS, board, config, state, quiet)
+        run(trainer, images.get("validation"), run_dir, log)
+    with torch.no_grad():
+        learned = learn_statistics(trainer.parameters, config, images["train"])
+    save(run_dir / CHECKPOINT, to_numpy(trainer.parameters | learned), config)
+
+
+def follow(trainer: Trainer) -> None:
+    """The steps of a rank that is not the first: by the first one's clock, and waiting while that one does more."""
+    config, state = trainer.config, trainer.state
+    state.seconds = trainer.ranks.same(0.0)
+    while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
+        trainer.step(learning_rate(config, done))
+        state.seconds = trainer.ranks.same(0.0)
+    trainer.ranks.leave()
 
 
 def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) -> None:
@@ -216,6 +261,10 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
     next_validation, first = state.seconds + pause, state.step
     try:
         while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save_run(run_dir, config, state)
+                saved = time.perf_counter()
+            trainer.ranks.same(state.seconds)
             rate = learning_rate(config, done)
             begun = time.perf_counter()
             loss, accuracy, norm = trainer.step(rate)
@@ -229,15 +278,16 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
             if validation is not None and state.seconds >= next_validation:
                 log.validated(trainer.validate(validation))
                 next_validation = state.seconds + pause
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                save_run(run_dir, config, state)
-                saved = time.perf_counter()
+        trainer.ranks.same(state.seconds)
+        trainer.ranks.leave()
         if validation is not None and state.step > first:
             log.validated(trainer.validate(validation))
         log.write()
         save_run(run_dir, config, state)
-    except KeyboardInterrupt:
-        save_run(run_dir, config, state)
-        raise KeyboardInterrupt("a checkpoint is saved; the same command with --resume goes on") from None
+    except KeyboardInterrupt as stop:
+        with suppress(KeyboardInterrupt), interrupts_wait():
+            save_run(run_dir, config, state)
+        kept = "a checkpoint is saved; the same command with --resume goes on"
+        raise KeyboardInterrupt("; ".join([*map(str, stop.args), kept])) from None
     finally:
         log.close()
