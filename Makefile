@@ -6,13 +6,14 @@ PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 
-.PHONY: help train test lint types check docs gpu clean
+.PHONY: help train test lint types check docs fuzz compatibility gpu clean
 
 help:
 	@echo "make train   set up and train on the built-in images for about 2 minutes; results in runs/quickstart"
 	@echo "make test    set up, lint, check types and run all tests"
 	@echo "make lint | types | check   one part of that (check: the tests alone)"
 	@echo "make docs    run the tutorials and build the site: docs/_build/index.html"
+	@echo "make fuzz    ten minutes of hostile input for each reader; pip install '.[fuzz]' guides it by coverage"
 	@echo "make gpu     on a CUDA GPU: its tests, the benchmark of the kernels, 60 s of training; all in results/gpu/"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -39,6 +40,12 @@ check: $(READY)
 docs: $(READY)
 	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build
 	@echo "Open docs/_build/index.html"
+
+compatibility:
+	tests/compatibility.sh
+
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz --minutes 10
 
 # Needs torch for CUDA in GPU_PYTHON, and in OMNIGLOT the folder that holds the two official archives.
 GPU_PYTHON ?= $(VENV)/bin/python

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mini_ht.adaptation import open_generator
 from mini_ht.config import Config
 from mini_ht.errors import InputError
-from mini_ht.parameters import generator_size, load
+from mini_ht.parameters import generator_size, read_tensors
 from mini_ht.plan import cnn_size
 from mini_ht.presets import QUICKSTART, preset, presets
 
@@ -37,6 +41,7 @@ USAGE = """mini-ht: a transformer that reads a few labelled images and writes a 
 
 'mini-ht COMMAND --help' explains the options. First time? 'mini-ht train' takes two minutes and needs no data.
 """
+NO_MEMORY = "allocate memory|out of memory|start new thread|create a primitive|unable to resize file"
 DataDir = Annotated[Path | None, arg(help="Omniglot's two archives (downloaded if not given), or the class folders.")]
 Json = Annotated[bool, arg(name="json", help="Print one line of JSON instead of text.")]
 Name = Annotated[Positional[str], arg(metavar="PRESET", help="What to train; 'mini-ht presets' lists them.")]
@@ -66,7 +71,7 @@ class Evaluate:
     Whatever is not given is as in training.
     """
 
-    checkpoint: Annotated[Positional[Path], arg(help="A run folder or a model.safetensors.")]
+    checkpoint: Annotated[Positional[Path], arg(help="A run folder, a file, or a pretrained one: omniglot.")]
     data_dir: DataDir = None
     episodes: Annotated[int, arg(help="Episodes; quote nothing below 1,000.")] = 1000
     norm: Annotated[Literal["batch", "support"] | None, arg(help="Norm statistics of the query pass.")] = None
@@ -120,7 +125,8 @@ def evaluate(options: Evaluate) -> None:
     """Measure a checkpoint and print the figures."""
     from mini_ht.training.report import describe, measure
 
-    parameters, config = load(options.checkpoint)
+    generator = open_generator(str(options.checkpoint))
+    parameters, config = generator.parameters, generator.config
     split = options.split or config.split
     if split != config.split:
         note = f"note: trained on split {config.split!r}, so some of these classes were seen in training"
@@ -189,7 +195,9 @@ def train_defaults(arguments: Sequence[str]) -> Train:
         skip = "" if equals or flag.removeprefix("no_") in switches else flag
         if equals and flag == "run_dir":
             run_dir = Path(value)
-    config = load(run_dir or Path("runs") / name)[1] if resume else preset(name)
+    # From the file that is written first: the other may be missing if a run was killed as it began.
+    state = (run_dir or Path("runs") / name) / "training.safetensors"
+    config = read_tensors(state, ())[1] if resume else preset(name)
     return Train(preset=name, config=config)
 
 
@@ -208,17 +216,31 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return action(tyro.cli(kind, prog=f"mini-ht {name}", args=list(arguments), default=default)) or 0
 
 
+def flush() -> None:
+    """Write out what was printed: a full disk is an error like others, not one that comes as the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            sys.stdout.close()  # or it would be tried again
+        raise
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0, 1 if some of many tasks failed, 2 for input that can be corrected, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     try:
-        return run(arguments[0], arguments[1:])
+        code = run(arguments[0], arguments[1:])
+        flush()
+        return code
     except InputError as error:
         print(f"mini-ht: {error}", file=sys.stderr)
         return 2
@@ -227,6 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"mini-ht: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # NumPy raises the one; torch the other, in several words.
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        advice = "end other programs, or do less at a time (--workers, --episodes-per-step)"
+        print(f"mini-ht: out of memory; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nmini-ht: stopped; {stop}".rstrip("; "), file=sys.stderr)

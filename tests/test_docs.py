@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("index", "api", "results", "pretrained", "architecture", "kernels", "tutorials/index")
+PAGES = ("index", "api", "results", "pretrained", "scale", "reproducible", "architecture", "kernels", "tutorials/index")
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
 LOADS = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]+)\"|<link\b[^>]*\bhref=\"([^\"]+)\"")
 

@@ -3,12 +3,15 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mini_ht.config import Config
+from mini_ht.errors import InputError
 from mini_ht.figures import read_metrics
 from mini_ht.files import write_atomically
 from mini_ht.training.checkpoint import State
@@ -89,8 +92,22 @@ class Log:
         self.bar.close()
 
 
+@contextmanager
+def open_board(run_dir: Path, step: int) -> Iterator[Any]:
+    """A TensorBoard log in a run folder, from `step` on. A disk that fills while it is open raises InputError."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        with SummaryWriter(str(run_dir / "tensorboard"), purge_step=step) as board:
+            yield board
+    except OSError as error:
+        why = error.strerror or error
+        advice = "the last good checkpoint is kept: free some space, and go on with --resume"
+        raise InputError(f"cannot write into {run_dir}: {why}; {advice}") from error
+
+
 def truncate_metrics(file: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run writes again."""
     if file.exists():
-        kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
+        kept = [json.dumps(row) for row in read_metrics(file) if row.get("step", 0) <= step]
         write_atomically(file, "".join(f"{row}\n" for row in kept).encode())

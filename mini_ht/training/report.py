@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mini_ht.config import Config
+from mini_ht.config import Config, Norm
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes
 from mini_ht.evaluation import QUERIES, affordable_queries, evaluate, evaluation_episodes, pixel_nearest_mean
@@ -32,7 +32,7 @@ def measure(
     images: ImageSet,
     task: Mapping[str, Any],
     episodes: int,
-    norm: str,
+    norm: Norm,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The quick tests with the oldest declared versions and with the newest, for each Python 3.10 .. 3.13 that runs here:
+#
+#     tests/compatibility.sh [oldest] [newest]
+#
+# A set of versions that some Python cannot have is named and left out. PIP_INDEX_URL and the like choose the registry;
+# without a torch for CPUs alone in it, gigabytes are fetched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+names="attention cnn config constructions datasets episodes evaluation features generator kernels parameters tokens"
+names+=" training triton"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+declared=$(grep -oE '"(numpy|pillow|safetensors|torch|triton)>=[0-9.]+' pyproject.toml | tr -d '"' | sort -u)
+failed=""
+
+for minor in 10 11 12 13; do
+  python=python3.$minor
+  $python -c "" 2>/dev/null || { echo "$python: not here"; continue; }
+  for kind in ${*:-oldest newest}; do
+    wanted=$declared
+    [ "$kind" = newest ] || wanted=$(sed -E 's/>=(.*)/==\1.*/' <<< "$declared")
+    home=$work/$minor-$kind
+    $python -m venv "$home"
+    pip="$home/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all:"
+    # shellcheck disable=SC2086
+    if ! $pip $wanted 2> "$work/log"; then
+      echo "$python $kind: left out: $(grep -m 1 ERROR "$work/log")"
+      continue
+    fi
+    # shellcheck disable=SC2086
+    $pip $wanted pytest hypothesis tqdm tensorboard matplotlib
+    $home/bin/python -m pip install --quiet --no-deps --editable .
+    echo "$python $kind: $("$home"/bin/python -m pip freeze | grep -iE '^(numpy|pillow|safetensors|torch|triton)=' | xargs)"
+    # Old versions warn of what newer ones changed; that is no failure.
+    # shellcheck disable=SC2086
+    "$home"/bin/python -m pytest -q -p no:cacheprovider -W default $(printf 'tests/test_%s.py ' $names) \
+      || failed+=" $minor-$kind"
+    rm -rf "$home"
+  done
+done
+[ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
