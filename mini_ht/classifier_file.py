@@ -100,7 +100,8 @@ def _classifier(run: Run, found: Mapping[str, str]) -> TaskClassifier:
         raise ValueError(f"its format is {found.get('format')!r}, not {FORMAT!r}")
     wanted = json.loads(found["preprocess"])
     shape = tuple(wanted["shape"])
-    if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in shape) or len(shape) != 3:
+    whole = all(type(side) is int and 0 < side <= LARGEST_SIDE for side in shape)
+    if not whole or len(shape) != 3 or shape[0] != shape[1]:
         raise ValueError(f"its images have shape {shape}")
     classes = class_array(json.loads(found["classes"]))
     logits = run(np.zeros((1, *shape), np.float32))

@@ -29,10 +29,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def complete(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that have the numbers which a curve shows."""
+    return [row for row in rows if all(isinstance(row.get(name), int | float) for name in DRAWN)]
+
+
 def draw_curve(rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], file: Path) -> None:
     """Accuracy against episodes: training classes, unseen classes, and horizontal lines such as chance."""
     figure, axes = new_figure(7, 4)
-    rows = [row for row in rows if all(isinstance(row.get(name), int | float) for name in DRAWN)]
+    rows = complete(rows)
     episodes = [row["episodes"] for row in rows]
     axes.plot(episodes, [100 * row["train_accuracy"] for row in rows], color="#8c959f", label="training classes")
     seen = [row for row in rows if isinstance(row.get("validation_accuracy"), int | float)]
