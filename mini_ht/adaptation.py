@@ -23,7 +23,7 @@ from mini_ht.generator import generate
 from mini_ht.parameters import PRETRAINED, checkpoint_path, load, load_pretrained
 from mini_ht.task_classifier import TaskClassifier, class_array
 
-PASS = 8  # tasks that share a pass of the generator: more no longer fit the caches
+PASS = 8  # tasks that share a pass of the generator
 
 
 @dataclass(frozen=True)

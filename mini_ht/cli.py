@@ -173,8 +173,7 @@ def open_images(config: Config, data_dir: Path | None) -> Any:
     """The data set that a config asks for."""
     from mini_ht.datasets import open_dataset
 
-    size, channels = config.image_size, config.image_channels
-    return open_dataset(config.dataset, data_dir, size=size, channels=channels, split=config.split)
+    return open_dataset(config.dataset, data_dir, **config.data)
 
 
 def train_defaults(arguments: Sequence[str]) -> Train:

@@ -106,10 +106,15 @@ class Config:
         return {name: getattr(self, name) for name in ("way", "shot", "queries", "unlabelled", "protocol")}
 
     @property
+    def data(self) -> dict[str, Any]:
+        """What `open_dataset` needs to know beside the data set's name: size, channels, split."""
+        return {"size": self.image_size, "channels": self.image_channels, "split": self.split}
+
+    @property
     def generated_convs(self) -> tuple[int, ...]:
         """Numbers of the generated conv layers, counted from 1, in order."""
         everything = range(1, self.blocks + 1)
-        word = self.generate.replace(" ", "") if len(self.generate) < 1000 else ""  # numbers have an end
+        word = self.generate.replace(" ", "") if len(self.generate) < 1000 else ""  # Python refuses longer numbers
         if word in ("all", "logits"):
             return tuple(everything) if word == "all" else ()
         for start in ("first", "last"):

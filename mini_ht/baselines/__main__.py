@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -73,12 +73,6 @@ class Cost:
     json: Json = False
 
 
-def open_images(config: Config, data_dir: Path | None) -> Any:
-    """The data set that a config asks for."""
-    size, channels = config.image_size, config.image_channels
-    return open_dataset(config.dataset, data_dir, size=size, channels=channels, split=config.split)
-
-
 def run_train(arguments: Sequence[str]) -> None:
     """Train, and say where the results are."""
     name, task = [*(x for x in arguments[:2] if not x.startswith("-")), "", ""][:2]
@@ -87,7 +81,8 @@ def run_train(arguments: Sequence[str]) -> None:
     inner = {part: getattr(options, part) for part in ("steps", "inner_rate", "multi_step", "first_order")}
     config, method = options.config, Method(options.method, **inner)
     run_dir = options.run_dir or Path("runs") / f"{options.method}-{options.preset}"
-    state = train(config, method, open_images(config, options.data_dir), run_dir, resume=options.resume)
+    images = open_dataset(config.dataset, options.data_dir, **config.data)
+    state = train(config, method, images, run_dir, resume=options.resume)
     print(f"{state.step * config.episodes_per_step:,} episodes in {state.seconds:.0f} s; results in {run_dir}")
 
 
@@ -96,7 +91,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     options = tyro.cli(Evaluate, prog=PROGRAM + "evaluate", args=arguments)
     start = time.perf_counter()
     parameters, config, method = load(options.checkpoint)
-    images = open_images(config, options.data_dir)[options.part]
+    images = open_dataset(config.dataset, options.data_dir, **config.data)[options.part]
     norm, given = options.norm or config.norm, {"queries": options.queries, "protocol": options.protocol}
     task = config.task | given
     classify = classifier(config, method, to_torch(parameters, "cuda" if torch.cuda.is_available() else "cpu"), norm)
