@@ -19,7 +19,7 @@ from mini_ht.files import write_atomically
 from mini_ht.support_folder import read_support
 
 BATCH = 16  # tasks that are adapted, checked and written together
-CHECKED = 4  # images that each file is run on before it is put in place
+CHECKED = 1  # images that each file is run on before it is put in place
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from mini_ht.arrays import Array, as_floats, namespace, relu
 from mini_ht.config import Config
 from mini_ht.kernels import conv2d
-from mini_ht.plan import Layer
+from mini_ht.plan import Layer, LocalConv
 
 SHARED_STRIDES = (2, 2, 2, 1)
 
@@ -40,11 +40,24 @@ def local_features(parameters: Mapping[str, Array], layer: Layer, activations: A
     """
     episodes, images = activations.shape[:2]
     x = activations.reshape(episodes * images, *activations.shape[2:])  # [E * n, h, w, Cin]
-    means = [x.reshape(len(x), -1)[:, :0]]
+    means = [as_floats(x.reshape(len(x), -1)[:, :0], parameters["logits.xi"])]
     for number, conv in enumerate(layer.local):
-        name = f"{layer.name}.local{number}"
+        weight, bias = (parameters[f"{layer.name}.local{number}.{part}"] for part in ("weight", "bias"))
         if number:
             x = relu(x)
-        x = conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], conv.stride)
-        means.append(x.mean((1, 2)))  # [E * n, width]
-    return as_floats(namespace(x).concat(means, axis=-1), parameters["logits.xi"]).reshape(episodes, images, -1)
+        if conv is layer.local[-1]:  # nobody sees its map, and the mean of a conv is the conv of a mean
+            seen = as_floats(mean_neighbourhood(x, conv), weight)  # [E * n, k * k * Cin]
+            means.append(seen @ weight.reshape(-1, conv.outputs) + bias)
+        else:
+            x = conv2d(x, weight, bias, conv.stride)
+            means.append(as_floats(x.mean((1, 2)), weight))  # [E * n, width]
+    return namespace(x).concat(means, axis=-1).reshape(episodes, images, -1)
+
+
+def mean_neighbourhood(x: Array, conv: LocalConv) -> Array:
+    """The mean of all neighbourhoods that a conv sees (row, column, channel): [B, h, w, Cin] -> [B, k * k * Cin]."""
+    xp, reach = namespace(x), x.shape[1] - conv.kernel + 1
+    parts = [slice(first, first + reach, conv.stride) for first in range(conv.kernel)]
+    rows = xp.stack([x[:, part].mean(1) for part in parts], axis=1)  # [B, k, w, Cin]
+    both = xp.stack([rows[:, :, part].mean(2) for part in parts], axis=2)  # [B, k, k, Cin]
+    return both.reshape(len(x), -1)

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -48,15 +49,18 @@ def write_atomically(file: Path, data: bytes) -> None:
         raise InputError(f"cannot write {file}: {why}; free some space or choose another folder") from error
 
 
-def read_regular(file: Path, most: int) -> bytes:
+def read_regular(file: str | os.PathLike[str], most: int) -> bytes:
     """The bytes of a file; OSError, with a reason, for more than `most` of them and for a pipe, which may never end."""
     check_regular(file, most)
-    return file.read_bytes()
+    with open(file, "rb") as stream:
+        return stream.read()
 
 
-def check_regular(file: Path, most: int) -> None:
+def check_regular(file: str | os.PathLike[str], most: int) -> None:
     """Raise OSError, with a reason, unless a file is there, is no folder or pipe, and has at most `most` bytes."""
-    if (size := file.stat().st_size) > most:
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, up to {most:,} are read", str(file))
-    if not file.is_file():
-        raise OSError(errno.EINVAL, "Is a directory" if file.is_dir() else "it is no plain file", str(file))
+    found = os.stat(file)
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, up to {most:,} are read", str(file))
+    if not stat.S_ISREG(found.st_mode):
+        what = "Is a directory" if stat.S_ISDIR(found.st_mode) else "it is no plain file"
+        raise OSError(errno.EINVAL, what, str(file))

@@ -25,7 +25,8 @@ def read_support(
     for fewer than 2 classes or more than `way`, a class without images, and a file that is not an image.
     """
     root = Path(folder)
-    files = {place.name: _visible(place) for place in _visible(root) if place.is_dir()}
+    places = [place for place in _visible(root) if place.is_dir()]
+    files = {place.name: _visible(place) for place in places}
     unlabelled = files.pop(UNLABELLED, [])
     classes = list(files)
     if not 2 <= len(classes) <= way:
@@ -33,22 +34,24 @@ def read_support(
             f"{root} has {len(classes)} class folders; this generator tells 2 .. {way} classes apart: "
             "put the images of each class into a folder of their own"
         )
-    if empty := [name for name, images in files.items() if not images]:
+    if empty := [name for name, some in files.items() if not some]:
         raise InputError(f"no images in class folder {', '.join(str(root / name) for name in empty)}; put some in")
-    paths = [image for images in files.values() for image in images] + unlabelled
-    if len(paths) > MOST_IMAGES:
-        raise InputError(f"{root} has {len(paths):,} images; a support set has up to {MOST_IMAGES:,}: take fewer")
-    check_paths(root, [*(root / name for name in files), *paths])
-    labels = np.repeat(np.arange(len(classes)), [len(images) for images in files.values()])
+    images = [image for some in files.values() for image in some] + unlabelled
+    if len(images) > MOST_IMAGES:
+        raise InputError(f"{root} has {len(images):,} images; a support set has up to {MOST_IMAGES:,}: take fewer")
+    check_paths(root, [*places, *images])
+    paths = [image.path for image in images]
+    labels = np.repeat(np.arange(len(classes)), [len(some) for some in files.values()])
     labels = np.concatenate([labels, np.full(len(unlabelled), -1)])
     task = Task(prepare(paths, preprocess, shape, polarity), labels, classes)
     pairs = duplicates(task.images, labels)
     return task, [f"{paths[one]} and {paths[two]} are equal, and their classes are not" for one, two in pairs]
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What a folder holds, sorted, without hidden files."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise InputError(f"cannot list {folder} ({error.strerror}); give a folder of class folders") from error
+        raise InputError(f"cannot list {os.fspath(folder)} ({error.strerror}); give a folder of class folders") from error

@@ -397,6 +397,9 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"is a link that leads out of"):
             read_support(data, (8, 8, 1), 4)
         (data / place).unlink()
+    (data / "_unlabelled").symlink_to(secret / "a")
+    with pytest.raises(InputError, match=r"_unlabelled is a link that leads out of"):
+        read_support(data, (8, 8, 1), 4)
     (tmp_path / "parts" / "test").mkdir(parents=True)
     linked(tmp_path / "parts" / "test" / "x")
     (tmp_path / "parts" / "train").symlink_to(secret)

@@ -97,15 +97,15 @@ def _images(root: Path, classes: Sequence[Path]) -> dict[Path, list[Path]]:
     return files
 
 
-def check_paths(root: Path, paths: Iterable[Path]) -> None:
+def check_paths(root: Path, paths: Iterable[Path | os.DirEntry[str]]) -> None:
     """Raise InputError for a name that is not plain UTF-8, and for a link that leads out of `root`."""
     home = os.path.realpath(root)
     for path in paths:
         if path != root and not path.name.isprintable():  # bytes that are not UTF-8, and control characters
-            raise InputError(f"{path.parent} holds {path.name!a}, which is no plain UTF-8; give it another name")
+            raise InputError(f"{os.path.dirname(path)} holds {path.name!a}, which is no plain UTF-8; give it another name")
         # A folder from elsewhere must not show what else lies on this computer.
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
-            raise InputError(f"{path} is a link that leads out of {root}; put a copy in its place")
+            raise InputError(f"{os.fspath(path)} is a link that leads out of {root}; put a copy in its place")
 
 
 def _read(root: Path, files: Mapping[Path, Sequence[Path]], size: int, channels: int) -> ImageSet:

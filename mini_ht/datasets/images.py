@@ -76,7 +76,7 @@ def read_upright(
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "image")
     try:
         if isinstance(source, (str, Path)):
-            data = read_regular(Path(source), MOST_BYTES)
+            data = read_regular(source, MOST_BYTES)
         else:
             data = source.read(MOST_BYTES)
         with warnings.catch_warnings():
