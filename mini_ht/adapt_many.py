@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -14,12 +15,13 @@ from typing import Any
 
 from mini_ht.adaptation import Generator, adapt, open_generator
 from mini_ht.errors import InputError
-from mini_ht.export import check_target, checked_bytes
+from mini_ht.export import check_bytes, check_target, file_bytes
 from mini_ht.files import write_atomically
 from mini_ht.support_folder import read_support
 
-BATCH = 16  # tasks that are adapted, checked and written together
-CHECKED = 1  # images that each file is run on before it is put in place
+BATCH = 16  # tasks that are adapted and written together
+CHECKED = 16  # one of so many files is run before it is put in place; a fault in writing would show in every one
+WRITERS = 2  # files of a batch that wait for the disk at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -136,17 +138,19 @@ def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> 
         outcome.warnings += warnings
     if not tasks:
         return outcome
-    ready: list[tuple[Path, bytes]] = []
     classifiers = adapt(generator, tasks, order.preprocess, order.polarity)
-    for folder, task, classifier in zip(good, tasks, classifiers, strict=True):
-        try:
-            file = check_target(order.target(folder), order.force)
-            data, _ = checked_bytes(classifier, file, task.images[:CHECKED], order.precision)
-            ready.append((folder, data))
-        except InputError as error:
-            outcome.failed.append(f"{folder.name}: {error}")
-    with ThreadPoolExecutor(BATCH) as pool:  # a disk confirms files that are written side by side in one go
-        for folder, writing in [(f, pool.submit(write_atomically, order.target(f), data)) for f, data in ready]:
+    with ThreadPoolExecutor(WRITERS) as pool:  # the disk confirms a file while the next ones are checked
+        writings: list[tuple[Path, Future[None]]] = []
+        for number, (folder, task, classifier) in enumerate(zip(good, tasks, classifiers, strict=True)):
+            try:
+                file = check_target(order.target(folder), order.force)
+                data = file_bytes(classifier, file, order.precision)
+                if number % CHECKED == 0:
+                    check_bytes(data, classifier, file, task.images[:4], order.precision)
+                writings.append((folder, pool.submit(write_atomically, file, data)))
+            except InputError as error:
+                outcome.failed.append(f"{folder.name}: {error}")
+        for folder, writing in writings:
             try:
                 writing.result()
                 outcome.written += 1
@@ -169,6 +173,7 @@ def _start(order: Order, count: int) -> list[Any]:
 
 def _serve(connection: Any, order: Order) -> None:
     """A worker process: answers batches of folders with their outcomes, until the pipe closes."""
+    gc.set_threshold(100_000)  # each collection goes through all that the libraries hold
     generator = open_generator(order.checkpoint)
     with suppress(EOFError, ConnectionError):
         while True:

@@ -60,32 +60,37 @@ def export(
             is written.
     """
     file = check_target(path, force)
-    data, difference = checked_bytes(classifier, file, images, precision)
+    data = file_bytes(classifier, file, precision)
+    difference = check_bytes(data, classifier, file, images, precision)
     write_atomically(file, data)
     return Report(file, len(data), difference)
 
 
-def checked_bytes(
-    classifier: TaskClassifier, file: Path, images: NDArray[np.float32], precision: str
-) -> tuple[bytes, float]:
-    """What `export` writes, and how far it is from NumPy; arguments and errors are the same."""
+def file_bytes(classifier: TaskClassifier, file: Path, precision: str) -> bytes:
+    """What `export` writes; arguments and errors are the same."""
     network = classifier.network
     if not isinstance(network, FoldedCNN):
         raise InputError("this classifier was read from an ONNX file; copy that file, or adapt anew")
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     about = metadata(classifier, network)
-    if file.suffix == ".onnx":
-        installed("onnx")
-        data = onnx_model(network, about, precision)
-        written: Any = OnnxNetwork(data, optimise=False)
-    else:
-        data = pack(network, about, precision)
-        written = unpack(data)[0]
+    if file.suffix == ".npz":
+        return pack(network, about, precision)
+    installed("onnx")
+    return onnx_model(network, about, precision)
+
+
+def check_bytes(
+    data: bytes, classifier: TaskClassifier, file: Path, images: NDArray[np.float32], precision: str
+) -> float:
+    """How far the logits of what `file_bytes` gave are from NumPy's, at most, on images; InputError above 1e-4."""
+    network = classifier.network
+    assert isinstance(network, FoldedCNN)
+    written: Any = OnnxNetwork(data, optimise=False) if file.suffix == ".onnx" else unpack(data)[0]
     difference = float(np.abs(written(images) - network.rounded(precision)(images)).max())
     if not difference <= LARGEST_DIFFERENCE:  # NaN, too
         raise InputError(f"{file} would differ from NumPy by {difference:.1e} (1e-4 at most); it was not written")
-    return data, difference
+    return difference
 
 
 def check_target(path: str | os.PathLike[str], force: bool, suffixes: tuple[str, ...] = SUFFIXES) -> Path:

@@ -1,5 +1,7 @@
 """Presets, named after the rows of the paper's tables; the suffix -released takes the sizes of the released code.
 
+With the suffix -logits only the logits layer is generated, and the convs are learned, the same for every task.
+
 A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 images each.
 """
 
@@ -28,6 +30,7 @@ def presets() -> dict[str, Config]:
             mine = {"episodes_per_step": 16, "mirror": True, "shift": 2, **best}
             name = f"omniglot-20way-{shot}shot-{channels}ch"
             table |= {name: dataclasses.replace(released, **mine), f"{name}-released": released}
+            table[f"{name}-logits"] = dataclasses.replace(table[name], generate="logits")
     for channels in (8, 16):
         table[f"omniglot-any-{channels}ch"] = dataclasses.replace(table[f"omniglot-20way-1shot-{channels}ch"], vary=10)
     for shot in (1, 5):

@@ -54,4 +54,5 @@ def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise InputError(f"cannot list {os.fspath(folder)} ({error.strerror}); give a folder of class folders") from error
+        place = os.fspath(folder)
+        raise InputError(f"cannot list {place} ({error.strerror}); give a folder of class folders") from error

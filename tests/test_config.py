@@ -135,7 +135,8 @@ def test_presets():
         if name.startswith("omniglot-any"):
             assert name == f"omniglot-any-{config.channels}ch" and config.vary > 1 == config.shot
         elif name.startswith("omniglot"):
-            _, way, shot, channels = name.removesuffix("-released").split("-")
+            _, way, shot, channels = name.removesuffix("-released").removesuffix("-logits").split("-")
+            assert config.generate == ("logits" if name.endswith("-logits") else "all")
             assert (f"{config.way}way", f"{config.shot}shot", f"{config.channels}ch") == (way, shot, channels)
             assert config.readout == ("slice" if name.endswith("-released") else "linear")
     with pytest.raises(InputError, match=r"no preset 'omniglot-20way-1shot-9ch'; try omniglot-20way-1shot-8ch"):

@@ -23,8 +23,9 @@ from mini_ht.datasets.images import ImageSet
 from mini_ht.figures import read_metrics
 from mini_ht.training import loop
 from mini_ht.training.checkpoint import STATE, VECTORS, load_run, save_run
-from mini_ht.training.flat import Layout
-from mini_ht.training.loop import METRICS, Trainer, fresh_state, train, truncate_metrics
+from mini_ht.training.device import set_gradient
+from mini_ht.training.flat import Layout, kind
+from mini_ht.training.loop import METRICS, Trainer, adamw, fresh_state, train, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
 from mini_ht.training.workers import Workers, gradient, storage_dtype
 
@@ -95,17 +96,38 @@ def test_progress_and_average():
     assert decays[0] == 0.1 and decays[-1] == CONFIG.ema and np.all(np.diff(decays) >= 0)
 
 
+@pytest.mark.parametrize("generate", ["all", "logits", "2"])
+def test_kinds_of_parameters_learn_at_their_rate(generate):
+    """A first step moves each parameter by the learning rate times its kind's rate; all matrices decay alike."""
+    config = dataclasses.replace(CONFIG, generate=generate, conv_rate=8.0, feature_rate=3.0, weight_decay=0.5)
+    for decay in (0.0, 0.5):
+        state = fresh_state(config, CPU)
+        before, optimiser = state.vector.clone(), adamw(dataclasses.replace(config, weight_decay=decay), state)
+        set_gradient(optimiser, torch.ones_like(before))
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * group["rate"]
+        optimiser.step()
+        views, moved = (Layout(config).views(vector) for vector in (before, before - state.vector))
+        for name, x in views.items():
+            rate = {"convs": 8.0, "features": 3.0}.get(kind(name, tuple(x.shape)), 1.0)
+            assert_close(moved[name], 1e-3 * (rate + decay * x * (x.ndim > 1)), "float32", name)
+            own = name in (f"conv{k}.weight" for k in range(1, config.blocks + 1))
+            assert (kind(name, tuple(x.shape)) == "convs") == own, name
+
+
 @settings(max_examples=15)
 @given(config=configs(), seed=seeds)
 def test_layout_round_trip(config, seed):
-    """Parameters -> vector -> parameters is exact, matrices come first; views and leaves share the vector's memory."""
+    """Parameters -> vector -> parameters is exact, kind by kind; views and leaves share the vector's memory."""
     layout, parameters = Layout(config), draw_parameters(config, seed)
     vector = layout.join(parameters)
     views = layout.views(vector)
     assert views.keys() == parameters.keys() and len(vector) == layout.size
     for name, x in parameters.items():
         np.testing.assert_array_equal(views[name].numpy(), x)
-        assert ((views[name].data_ptr() - vector.data_ptr()) // 4 < layout.matrices) == (x.ndim > 1), name
+        at = (views[name].data_ptr() - vector.data_ptr()) // 4
+        part = layout.parts[kind(name, x.shape)]
+        assert part.start <= at < part.stop, name
     vector.zero_()
     assert not any(view.any() for view in views.values())
     leaves = layout.leaves(vector)

@@ -102,7 +102,8 @@ def check_paths(root: Path, paths: Iterable[Path | os.DirEntry[str]]) -> None:
     home = os.path.realpath(root)
     for path in paths:
         if path != root and not path.name.isprintable():  # bytes that are not UTF-8, and control characters
-            raise InputError(f"{os.path.dirname(path)} holds {path.name!a}, which is no plain UTF-8; give it another name")
+            place = os.path.dirname(path)
+            raise InputError(f"{place} holds {path.name!a}, which is no plain UTF-8; give it another name")
         # A folder from elsewhere must not show what else lies on this computer.
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
             raise InputError(f"{os.fspath(path)} is a link that leads out of {root}; put a copy in its place")

@@ -99,8 +99,10 @@ class DeviceStep:
         self.scalars = torch.tensor([0.0, 0.0, 1.0], device=device)
         self.totals = state.vector.new_zeros(len(state.vector) + 2)  # gradient, loss and accuracy
         self.figures = torch.zeros(3, device=device)
-        for group in optimiser.param_groups:
-            group["lr"] = self.scalars[0]
+        self.factors = torch.tensor([group["rate"] for group in optimiser.param_groups], device=device)
+        self.rates = torch.zeros_like(self.factors)
+        for group, rate in zip(optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate
         self.waiting: tuple[int, list[NDArray[Any]]] | None = None
         # With `vary` each step has shapes of its own, which no graph can hold.
         self.replay = self.capture() if device.type == "cuda" and not config.vary else self.compute
@@ -136,7 +138,8 @@ class DeviceStep:
         norm = gradient.norm()
         if self.config.clip:
             gradient = gradient * (self.config.clip / norm).clamp(max=1.0)
-        _, newest, hold = self.scalars
+        rate, newest, hold = self.scalars
+        torch.mul(self.factors, rate, out=self.rates)
         stays = torch.maximum(hold, 1 - (loss.isfinite() & norm.isfinite()).to(hold.dtype))
         set_gradient(self.optimiser, gradient)
         self.optimiser.found_inf = stays  # type: ignore[attr-defined]  # a fused AdamW then leaves everything alone

@@ -10,16 +10,30 @@ from torch import Tensor
 from mini_ht.config import Config
 from mini_ht.parameters import parameter_table
 
+KINDS = ("convs", "features", "matrices", "vectors")
+
+
+def kind(name: str, shape: tuple[int, ...]) -> str:
+    """Parameters that learn alike: the CNN's own convs, the generator's convs, other matrices, biases and gains."""
+    if len(shape) < 4:
+        return "vectors" if len(shape) == 1 else "matrices"
+    return "features" if name.startswith("shared.") or ".local" in name else "convs"
+
 
 class Layout:
-    """Where each parameter of a config lies in the vector: first the matrices (and higher), then the vectors."""
+    """Where each parameter of a config lies in the vector: kind by kind, and each kind's part."""
 
     def __init__(self, config: Config) -> None:
-        table = sorted(parameter_table(config).items(), key=lambda item: len(item[1][0]) == 1)
-        self.shapes = {name: shape for name, (shape, _) in table}
+        shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.parts: dict[str, slice] = {}
+        self.size = 0
+        for which in KINDS:
+            some = {name: shape for name, shape in shapes.items() if kind(name, shape) == which}
+            start, self.size = self.size, self.size + sum(math.prod(shape) for shape in some.values())
+            self.parts[which] = slice(start, self.size)
+            self.shapes |= some
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.size = sum(self.sizes)
-        self.matrices = sum(math.prod(shape) for shape in self.shapes.values() if len(shape) > 1)
 
     def join(self, parameters: dict[str, NDArray[np.floating]]) -> Tensor:
         """Parameters -> vector [size], a copy."""

@@ -49,20 +49,26 @@ def interrupts_wait() -> Iterator[None]:
 
 
 def adamw(config: Config, state: State) -> torch.optim.AdamW:
-    """AdamW on the state's vector and moments: decay shrinks matrices, not biases and gains."""
-    matrices = Layout(config).matrices
-    # Two leaves that share the vector's memory.
-    parts = (slice(0, matrices), slice(matrices, None))
-    leaves = [state.vector[part] for part in parts]
-    groups = [{"params": [leaf], "weight_decay": x} for leaf, x in zip(leaves, (config.weight_decay, 0.0), strict=True)]
+    """AdamW on the state's vector and moments: decay shrinks matrices, not biases and gains.
+
+    Each group has a `rate`: how much faster than others its parameters learn. They decay no faster.
+    """
+    rates = {"convs": config.conv_rate, "features": config.feature_rate}
     on_gpu = state.vector.device.type == "cuda"
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, capturable=on_gpu)
-    for leaf, part in zip(leaves, parts, strict=True):
-        optimiser.state[leaf] = {
+    groups, moments = [], {}
+    for which, part in Layout(config).parts.items():
+        if part.start == part.stop:
+            continue
+        leaf, rate = state.vector[part], rates.get(which, 1.0)  # shares the vector's memory
+        decay = 0.0 if which == "vectors" else config.weight_decay / rate
+        groups.append({"params": [leaf], "weight_decay": decay, "rate": rate})
+        moments[leaf] = {
             "step": torch.tensor(float(state.step), device=leaf.device),
             "exp_avg": state.first_moment[part],
             "exp_avg_sq": state.second_moment[part],
         }
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, capturable=on_gpu)
+    optimiser.state.update(moments)
     return optimiser
 
 
@@ -121,7 +127,7 @@ class Trainer:
         if self.config.clip and norm > self.config.clip:
             gradient *= self.config.clip / norm
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         set_gradient(self.optimiser, gradient)
         with interrupts_wait():
             self.optimiser.step()

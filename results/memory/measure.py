@@ -1,18 +1,16 @@
-"""Memory of a training run over time: samples all its processes, writes NAME.csv and NAME.png beside itself.
+"""Memory of a command over time: samples all its processes, writes NAME.csv and NAME.png beside itself.
 
-    python results/memory/measure.py NAME --minutes 60 --data-dir ../shared/data/omniglot
+    python results/memory/measure.py --minutes 60 NAME mini-ht train PRESET --minutes 60 --data-dir DIR
 
 Resident memory is summed over the processes, so that what they share counts in each. Growth is the mean of the last
 tenth of the samples over that of the first tenth, after a warm-up that holds the first checkpoints and validations.
-Linux only.
+What the command does after those minutes is not watched. Linux only.
 """
 
 import argparse
 import csv
-import dataclasses
-import multiprocessing
 import os
-import tempfile
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,19 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import mini_ht
-from mini_ht.datasets import open_dataset
 from mini_ht.figures import new_figure, save_figure
-from mini_ht.training.loop import train
 
 MEBIBYTE = 1 << 20
-
-
-def run(preset: str, minutes: float, data_dir: str, folder: str, workers: int) -> None:
-    """The training that is watched, without the report after it."""
-    config = dataclasses.replace(mini_ht.preset(preset), minutes=minutes)
-    images = open_dataset(config.dataset, data_dir, size=config.image_size, split=config.split)
-    train(config, images, Path(folder), workers=workers)
 
 
 def family(process: int) -> Iterator[int]:
@@ -73,28 +61,19 @@ def draw(seconds: np.ndarray, memory: np.ndarray, grown: float, file: Path) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the two files that are written")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--data-dir", required=True, help="folder with the two Omniglot archives")
-    parser.add_argument("--preset", default="omniglot-20way-1shot-8ch")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long to watch")
     parser.add_argument("--warm-up", type=float, default=120.0, help="seconds")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between samples")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to watch")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (options.preset, options.minutes, options.data_dir, folder, options.workers)
-        process = multiprocessing.get_context("spawn").Process(target=run, args=arguments)
-        process.start()
-        while not (Path(folder) / "training.safetensors").exists() and process.is_alive():
-            time.sleep(0.1)  # until the data is read and training begins
-        start = time.perf_counter()
-        while (seconds := time.perf_counter() - start) < 60 * options.minutes and process.is_alive():
-            processes = list(family(process.pid or 0))
-            rows.append((round(seconds, 1), len(processes), round(resident(processes), 2)))
-            time.sleep(options.every)
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"the training ended with exit code {process.exitcode}")
+    process, start = subprocess.Popen(options.command), time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 60 * options.minutes and process.poll() is None:
+        processes = list(family(process.pid))
+        rows.append((round(seconds, 1), len(processes), round(resident(processes), 2)))
+        time.sleep(options.every)
+    if process.wait():
+        raise SystemExit(f"the command ended with exit code {process.returncode}")
     beside = Path(__file__).with_name(options.name)
     with beside.with_suffix(".csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("seconds", "processes", "resident_MiB"), *rows])

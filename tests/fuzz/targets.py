@@ -34,7 +34,7 @@ from mini_ht.demo.messages import read_adapt, read_predict
 from mini_ht.demo.server import Handler, content_policy
 from mini_ht.demo.tasks import Tasks
 from mini_ht.errors import InputError
-from mini_ht.export import PRECISIONS, checked_bytes
+from mini_ht.export import PRECISIONS, file_bytes
 from mini_ht.figures import complete, read_metrics
 from mini_ht.generator import generate
 from mini_ht.ink import prepare
@@ -282,7 +282,7 @@ def classifiers(suffix: str) -> list[bytes]:
     images = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
     generator = Generator(draw_parameters(CONFIG), CONFIG, "fuzz")
     (made,) = adapt(generator, [Task(images, np.arange(2), ["a", "b"])])
-    return [checked_bytes(made, HOME / f"seed{suffix}", images, precision)[0] for precision in PRECISIONS]
+    return [file_bytes(made, HOME / f"seed{suffix}", precision) for precision in PRECISIONS]
 
 
 def classifier(suffix: str) -> Callable[[bytes], None]:
