@@ -67,8 +67,7 @@ class Config:
     episodes: int = 0  # Training episodes; 0 trains by time. By episodes, a run can be repeated exactly
     episodes_per_step: int = 16  # Episodes whose mean loss makes one step
     learning_rate: float = 2e-3  # Peak learning rate of AdamW
-    feature_rate: float = 2.0  # The generator's convs learn as many times faster than the rest
-    conv_rate: float = 40.0  # The CNN's own convs, those that are not generated, as many times
+    conv_rate: float = 20.0  # The CNN's own convs, those that are not generated, learn as many times faster
     weight_decay: float = 0.01  # Decoupled weight decay of every matrix; vectors are left alone
     warmup: float = 0.02  # Fraction of the training in which the learning rate rises; a cosine then takes it to zero
     clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
@@ -152,10 +151,10 @@ class Config:
 LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
-    **dict.fromkeys(["feature_rate", "conv_rate"], 1e-3),
     **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary"], 0),
     "way": 2,
     "image_channels": 1,
+    "conv_rate": 0.001,
     "key_width": 0.05,
     "value_width": 0.05,
 }
@@ -166,4 +165,4 @@ MOST: dict[str, float] = {
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.
-LATER: dict[str, Any] = {"vary": 0, "shrink": 0.9, "feature_rate": 1.0, "conv_rate": 1.0}
+LATER: dict[str, Any] = {"vary": 0, "shrink": 0.9, "conv_rate": 1.0}

@@ -99,7 +99,7 @@ def test_progress_and_average():
 @pytest.mark.parametrize("generate", ["all", "logits", "2"])
 def test_kinds_of_parameters_learn_at_their_rate(generate):
     """A first step moves each parameter by the learning rate times its kind's rate; all matrices decay alike."""
-    config = dataclasses.replace(CONFIG, generate=generate, conv_rate=8.0, feature_rate=3.0, weight_decay=0.5)
+    config = dataclasses.replace(CONFIG, generate=generate, conv_rate=8.0, weight_decay=0.5)
     for decay in (0.0, 0.5):
         state = fresh_state(config, CPU)
         before, optimiser = state.vector.clone(), adamw(dataclasses.replace(config, weight_decay=decay), state)
@@ -109,7 +109,7 @@ def test_kinds_of_parameters_learn_at_their_rate(generate):
         optimiser.step()
         views, moved = (Layout(config).views(vector) for vector in (before, before - state.vector))
         for name, x in views.items():
-            rate = {"convs": 8.0, "features": 3.0}.get(kind(name, tuple(x.shape)), 1.0)
+            rate = 8.0 if kind(name, tuple(x.shape)) == "convs" else 1.0
             assert_close(moved[name], 1e-3 * (rate + decay * x * (x.ndim > 1)), "float32", name)
             own = name in (f"conv{k}.weight" for k in range(1, config.blocks + 1))
             assert (kind(name, tuple(x.shape)) == "convs") == own, name

@@ -10,14 +10,15 @@ from torch import Tensor
 from mini_ht.config import Config
 from mini_ht.parameters import parameter_table
 
-KINDS = ("convs", "features", "matrices", "vectors")
+KINDS = ("convs", "matrices", "vectors")
 
 
 def kind(name: str, shape: tuple[int, ...]) -> str:
-    """Parameters that learn alike: the CNN's own convs, the generator's convs, other matrices, biases and gains."""
-    if len(shape) < 4:
-        return "vectors" if len(shape) == 1 else "matrices"
-    return "features" if name.startswith("shared.") or ".local" in name else "convs"
+    """Parameters that learn alike: the CNN's own convs, other matrices (and higher), and vectors."""
+    if len(shape) == 1:
+        return "vectors"
+    learned_conv = name.startswith("conv") and name.count(".") == 1 and len(shape) == 4
+    return "convs" if learned_conv else "matrices"
 
 
 class Layout:

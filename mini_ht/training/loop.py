@@ -51,15 +51,14 @@ def interrupts_wait() -> Iterator[None]:
 def adamw(config: Config, state: State) -> torch.optim.AdamW:
     """AdamW on the state's vector and moments: decay shrinks matrices, not biases and gains.
 
-    Each group has a `rate`: how much faster than others its parameters learn. They decay no faster.
+    Each group has a `rate`: how much faster than the others its parameters learn. They decay no faster.
     """
-    rates = {"convs": config.conv_rate, "features": config.feature_rate}
     on_gpu = state.vector.device.type == "cuda"
     groups, moments = [], {}
     for which, part in Layout(config).parts.items():
         if part.start == part.stop:
             continue
-        leaf, rate = state.vector[part], rates.get(which, 1.0)  # shares the vector's memory
+        leaf, rate = state.vector[part], config.conv_rate if which == "convs" else 1.0  # shares the vector's memory
         decay = 0.0 if which == "vectors" else config.weight_decay / rate
         groups.append({"params": [leaf], "weight_decay": decay, "rate": rate})
         moments[leaf] = {
