@@ -17,6 +17,7 @@ from mini_ht.adaptation import Generator, adapt, open_generator
 from mini_ht.errors import InputError
 from mini_ht.export import check_bytes, check_target, file_bytes
 from mini_ht.files import write_atomically
+from mini_ht.memory import keep_freed_memory
 from mini_ht.support_folder import read_support
 
 BATCH = 16  # tasks that are adapted and written together
@@ -173,6 +174,7 @@ def _start(order: Order, count: int) -> list[Any]:
 
 def _serve(connection: Any, order: Order) -> None:
     """A worker process: answers batches of folders with their outcomes, until the pipe closes."""
+    keep_freed_memory()
     gc.set_threshold(100_000)  # each collection goes through all that the libraries hold
     generator = open_generator(order.checkpoint)
     with suppress(EOFError, ConnectionError):

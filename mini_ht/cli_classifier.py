@@ -63,7 +63,8 @@ class Show:
 class AdaptMany:
     """A classifier for each of many support folders. Run again it goes on where it was stopped.
 
-    A bad folder is reported and skipped; the exit code is then 1.
+    A bad folder is reported and skipped; the exit code is then 1. Every file is written whole or not at all; one of 16
+    is run and compared with NumPy first.
     """
 
     checkpoint: Checkpoint

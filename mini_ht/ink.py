@@ -53,8 +53,9 @@ def prepare(
     if preprocess == "ink":
         for start in range(0, len(images), CHUNK):
             some = slice(start, start + CHUNK)
-            pairs = zip(images[some], names[some], strict=True)
-            inks = [_ink(_picture(image, name), polarity, name) for image, name in pairs]
+            # One kind of work at a time: taking turns is a tenth slower.
+            pictures = [_picture(image, name) for image, name in zip(images[some], names[some], strict=True)]
+            inks = [_ink(picture, polarity, name) for picture, name in zip(pictures, names[some], strict=True)]
             prepared[some, ..., 0] = _cut(inks, shape[0])
         return prepared
     for number, (image, name) in enumerate(zip(images, names, strict=True)):

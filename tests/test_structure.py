@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 # A module imports only modules of lower rank, or of its own package.
 LAYERS = (
     ("arrays", "errors"),
-    ("files",),
+    ("files", "memory"),
     ("config",),
     ("plan",),
     ("kernels",),

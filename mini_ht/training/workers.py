@@ -1,9 +1,6 @@
 """The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
 
-import ctypes
-import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +13,7 @@ from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
+from mini_ht.memory import keep_freed_memory
 from mini_ht.training.flat import Layout
 from mini_ht.training.tasks import training_episodes
 
@@ -149,10 +147,3 @@ def serve(
             connection.send(figures.tolist())
         except Exception as error:
             connection.send(error)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks instead of returning them: fresh pages cost about 10 % of a step on a CPU."""
-    if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
-        for option in (-1, -3):  # trim threshold, mmap threshold
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
