@@ -1,7 +1,7 @@
-"""Self-attention and the transformer encoder: pure functions over arrays, bottom-up."""
+"""Attention, and the transformer's encoder and decoder: pure functions over arrays, bottom-up."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,11 +12,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 def dense(parameters: Mapping[str, Array], name: str, x: Array) -> Array:
-    """x W + b: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias] -> [..., outputs]."""
-    weight, bias = parameters[name], parameters[f"{name}_bias"]
+    """x W + b: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias] -> [..., outputs].
+
+    Where there is no such b it is 0.
+    """
+    weight, bias = parameters[name], parameters.get(f"{name}_bias")
     if torch_functions := fused(x):
         return torch_functions.linear(x, weight.mT, bias)
-    return x @ weight + bias
+    return x @ weight if bias is None else x @ weight + bias
 
 
 def softmax(x: Array) -> Array:
@@ -63,6 +66,14 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
     return softmax(scores) @ value
 
 
+def sigmoid_attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    """sigmoid(Q K^T / sqrt(width)) V: as `attention`, but a key's weight, in 0 .. 1, is its own affair."""
+    xp = namespace(query)
+    scores = query @ key.mT * key.shape[-1] ** -0.5  # [..., Tq, T]
+    weights = 0.5 + 0.5 * xp.tanh(0.5 * scores)  # the logistic function, in a form that never overflows
+    return (weights if mask is None else xp.where(mask, weights, 0.0)) @ value
+
+
 def split_heads(x: Array, heads: int) -> Array:
     """[E, T, heads * width] -> [E, heads, T, width]."""
     episodes, tokens, width = x.shape
@@ -70,17 +81,26 @@ def split_heads(x: Array, heads: int) -> Array:
 
 
 def multi_head_attention(
-    parameters: Mapping[str, Array], name: str, x: Array, heads: int, mask: Array | None, outputs: int
+    parameters: Mapping[str, Array],
+    name: str,
+    x: Array,
+    heads: int,
+    mask: Array | None,
+    outputs: int,
+    memory: Array | None = None,
+    kind: str = "softmax",
 ) -> Array:
-    """The first `outputs` of the tokens x [E, T, D] attend to all of them: -> [E, outputs, D].
+    """The first `outputs` of the tokens x [E, T, D] attend to all of them, or to others: -> [E, outputs, D].
 
-    mask is [E, T] over the keys. The key projection has no bias: softmax would not feel it.
+    memory [E, S, D]: those others; None for x. mask is [E, T], or [E, S], over the keys. kind is "softmax" or
+    "sigmoid"; only then the key projection has a bias: softmax would not feel it.
     """
+    seen = x if memory is None else memory
     query = dense(parameters, f"{name}.query", x[:, :outputs])
-    key = x @ parameters[f"{name}.key"]
-    value = dense(parameters, f"{name}.value", x)
+    key, value = (dense(parameters, f"{name}.{part}", seen) for part in ("key", "value"))
     query, key, value = (split_heads(part, heads) for part in (query, key, value))
-    mixed = attention(query, key, value, None if mask is None else mask[:, None, None, :])  # [E, heads, outputs, width]
+    attend = attention if kind == "softmax" else sigmoid_attention
+    mixed = attend(query, key, value, None if mask is None else mask[:, None, None, :])  # [E, heads, outputs, width]
     joined = mixed.swapaxes(1, 2).reshape(x.shape[0], outputs, -1)  # [E, outputs, heads * width]
     return dense(parameters, f"{name}.output", joined)
 
@@ -91,40 +111,59 @@ def feed_forward(parameters: Mapping[str, Array], name: str, x: Array, activatio
     return dense(parameters, f"{name}.outer", hidden)
 
 
+def residual(
+    parameters: Mapping[str, Array], name: str, part: Callable[[Array], Array], x: Array, config: Config
+) -> Array:
+    """x + part(norm(x)), or norm(x + part(x)), for x [E, T, D]; a part that is short gives only the first tokens."""
+    pre, norm = config.encoder == "pre-norm", (parameters[f"{name}_gain"], parameters[f"{name}_offset"])
+    added = part(layer_norm(x, *norm) if pre else x)  # [E, outputs, D]
+    x = x[:, : added.shape[1]] + added
+    return x if pre else layer_norm(x, *norm)
+
+
 def encoder_layer(
-    parameters: Mapping[str, Array], name: str, x: Array, config: Config, mask: Array | None, outputs: int
+    parameters: Mapping[str, Array],
+    name: str,
+    x: Array,
+    config: Config,
+    mask: Array | None,
+    outputs: int,
+    memory: Array | None = None,
 ) -> Array:
     """Attention, then the feed-forward part, each with a residual connection: [E, T, D] -> [E, outputs, D]."""
 
-    def norm(part: str, x: Array) -> Array:
-        return layer_norm(x, parameters[f"{name}.{part}_gain"], parameters[f"{name}.{part}_offset"])
-
     def attend(x: Array) -> Array:
-        return multi_head_attention(parameters, name, x, config.heads, mask, outputs)
+        return multi_head_attention(parameters, name, x, config.heads, mask, outputs, memory, config.attention)
 
-    pre = config.encoder == "pre-norm"
-    if pre:
-        x = x[:, :outputs] + attend(norm("attention_norm", x))
-    else:
-        x = norm("attention_norm", x[:, :outputs] + attend(x))
-    if f"{name}.inner" not in parameters:
-        return x
-    if pre:
-        return x + feed_forward(parameters, name, norm("inner_norm", x), config.activation)
-    return norm("inner_norm", x + feed_forward(parameters, name, x, config.activation))
+    def forward(x: Array) -> Array:
+        return feed_forward(parameters, name, x, config.activation)
+
+    x = residual(parameters, f"{name}.attention_norm", attend, x, config)
+    return residual(parameters, f"{name}.inner_norm", forward, x, config) if f"{name}.inner" in parameters else x
 
 
 def encoder(
-    parameters: Mapping[str, Array], name: str, x: Array, config: Config, mask: Array | None, outputs: int
+    parameters: Mapping[str, Array],
+    name: str,
+    x: Array,
+    config: Config,
+    mask: Array | None,
+    outputs: int,
+    memory: Array | None = None,
 ) -> Array:
     """A stack of encoder layers without position codes: x [E, T, D] -> its first `outputs` tokens [E, outputs, D].
 
     mask [E, T] is True for the tokens that may be attended to; None allows all. The last layer computes only the tokens
     that are asked for: nobody reads the others.
+
+    With memory [E, S, D], to which mask [E, S] then belongs, it is a decoder (Vaswani et al. 2017): in each layer the
+    tokens attend to each other, then to the memory.
     """
     for number in range(config.layers):
-        last = number == config.layers - 1
-        x = encoder_layer(parameters, f"{name}.layer{number}", x, config, mask, outputs if last else x.shape[1])
+        layer, count = f"{name}.layer{number}", outputs if number == config.layers - 1 else x.shape[1]
+        if memory is not None:
+            x = encoder_layer(parameters, f"{layer}.own", x, config, None, count)
+        x = encoder_layer(parameters, layer, x, config, mask, count, memory)
     if config.encoder == "pre-norm":
         x = layer_norm(x, parameters[f"{name}.norm_gain"], parameters[f"{name}.norm_offset"])
     return x

@@ -21,6 +21,14 @@ class ConvLayer:
     gamma: Array  # [Cout]
     beta: Array  # [Cout]
     statistics: tuple[Array, Array]  # mean and variance of the support pass, each [E, Cout]
+    affine: tuple[Array, Array] | None = None  # generated, behind the norm: y * (1 + [E, Cout]) + [E, Cout]
+
+    def rescaled(self, x: Array) -> Array:
+        """Normalised activations [E, N, h, w, Cout] with this task's own scale and offset, if they are generated."""
+        if self.affine is None:
+            return x
+        scale, offset = (part[:, None, None, None] for part in self.affine)  # [E, 1, 1, 1, Cout]
+        return as_floats(x * (1 + scale) + offset, x)
 
 
 @dataclass(frozen=True)
@@ -53,17 +61,21 @@ class GeneratedCNN:
         check_query(query, mask, self.logits_weight, self.image_shape, self.batched, values=self.check)
         if not self.batched:
             query, mask = query[None], None if mask is None else mask[None]
-        x, _ = conv_stack(
-            query,
-            [conv.weight for conv in self.convs],
-            [conv.gamma for conv in self.convs],
-            [conv.beta for conv in self.convs],
-            [conv.bias for conv in self.convs],
-            [conv.statistics for conv in self.convs] if self.norm == "support" else None,
-            mask,
-            self.slope,
-            self.impl,
-        )
+        x = query
+        plain = all(conv.affine is None for conv in self.convs)  # then all blocks may be fused
+        for convs in [self.convs] if plain else [(conv,) for conv in self.convs]:
+            x, _ = conv_stack(
+                x,
+                [conv.weight for conv in convs],
+                [conv.gamma for conv in convs],
+                [conv.beta for conv in convs],
+                [conv.bias for conv in convs],
+                [conv.statistics for conv in convs] if self.norm == "support" else None,
+                mask,
+                self.slope,
+                self.impl,
+            )
+            x = convs[-1].rescaled(x)
         logits = linear(x, self.logits_weight)  # [E, m, way]
         logits = namespace(logits).where(self.present[:, None, :], logits, -math.inf)
         return logits if self.batched else logits[0]

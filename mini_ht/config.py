@@ -25,6 +25,7 @@ class Config:
     shot: int = 1  # Labelled support images a class
     queries: int = 3  # Query images a class in a training episode
     unlabelled: int = 0  # Unlabelled support images a class (section 3.2, semi-supervised)
+    introduce: int = 0  # Training episodes over which unlabelled images come in, 0 .. most a step; 0: always all
     vary: int = 0  # Above 0, each training step has its own 2 .. way classes with 1 .. vary images, some unlabelled
     image_size: int = 28  # Height and width of an image, in pixels
     image_channels: int = 1  # 1 for grey, 3 for RGB
@@ -37,12 +38,16 @@ class Config:
     shrink: float = 0.9  # Norm support: share that statistics learned over training tasks have in the support set's
     generate: str = "all"  # Conv layers that are generated: all, logits (none of them), 1,3 (by number), first2, last2
     generate_bias: bool = False  # Generate a bias for each conv channel, too
+    generate_norm: bool = False  # Generate a scale and an offset for each conv channel behind its norm, too
     residual_weights: bool = False  # Add learned weights, the same for every task, to the generated conv weights
 
     # The generator
+    generator: Literal["joint", "decoder", "separate"] = "joint"  # Encoder over all tokens; a decoder behind it; or
+    # separate: an encoder over the support images alone, and a decoder for the placeholders
     encoding: int = 32  # Width d of the class encodings xi and the placeholders mu
     layers: int = 3  # Encoder layers of each transformer
     heads: int = 2  # Attention heads
+    attention: Literal["softmax", "sigmoid"] = "softmax"  # Weights over keys: they sum to 1, or each is in 0 .. 1
     key_width: float = 1.0  # Query and key width as a fraction of the token width
     value_width: float = 1.0  # Value width as a fraction of the token width
     inner_width: float = 1.0  # Feed-forward width as a fraction of the token width; 0 drops that part
@@ -63,6 +68,7 @@ class Config:
     protocol: Literal["disjoint", "released"] = "disjoint"  # May support images be queries, too (released)?
 
     # The training
+    start: str = ""  # Trained generator to begin with: a pretrained one's name, a run folder or a file; empty for none
     minutes: float = 40.0  # Training time; ignored when `episodes` is set
     episodes: int = 0  # Training episodes; 0 trains by time. By episodes, a run can be repeated exactly
     episodes_per_step: int = 16  # Episodes whose mean loss makes one step
@@ -93,12 +99,16 @@ class Config:
         if self.image_size < 2**self.blocks:
             want = f"{self.blocks} blocks want at least {2**self.blocks} pixels"
             raise InputError(f"image_size {self.image_size} is too small: {want}")
-        if self.allocation == "spatial" and self.generate_bias:
-            raise InputError("allocation 'spatial' has no slice for a channel's bias: use 'output' or no generate_bias")
+        if self.allocation == "spatial" and (self.generate_bias or self.generate_norm):
+            wants = "use 'output', or neither generate_bias nor generate_norm"
+            raise InputError(f"allocation 'spatial' has no slice for a channel's bias or norm: {wants}")
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
             raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
         if not 0 <= self.shrink <= 1:
             raise InputError(f"shrink is {self.shrink}; it must lie in [0, 1]")
+        if self.introduce and (self.vary or not self.unlabelled):
+            came = f"introduce {self.introduce} came with unlabelled {self.unlabelled} and vary {self.vary}"
+            raise InputError(f"{came}; wanted unlabelled above 0 and vary 0: change them, or set introduce to 0")
         _ = self.generated_convs
 
     @property
@@ -151,7 +161,7 @@ class Config:
 LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
-    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary"], 0),
+    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary", "introduce"], 0),
     "way": 2,
     "image_channels": 1,
     "conv_rate": 0.001,
@@ -165,4 +175,5 @@ MOST: dict[str, float] = {
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.
-LATER: dict[str, Any] = {"vary": 0, "shrink": 0.9, "conv_rate": 1.0}
+LATER: dict[str, Any] = {"vary": 0, "introduce": 0, "shrink": 0.9, "conv_rate": 1.0, "start": ""}
+LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False}

@@ -102,10 +102,14 @@ def fold(cnn: GeneratedCNN, classes: int, episode: int = 0) -> FoldedCNN:
     for number, conv in enumerate(cnn.convs, start=1):
         mean, variance = (part[episode] for part in conv.statistics)  # [Cout] each
         scale = conv.gamma / np.sqrt(variance + NORM_EPS)
+        shift = conv.beta - mean * scale  # [Cout]
+        if conv.affine is not None:
+            more, offset = (part[episode] for part in conv.affine)  # [Cout] each
+            scale, shift = scale * (1 + more), shift * (1 + more) + offset
         arrays[f"conv{number}.weight"] = conv.weight[episode]
         if conv.bias is not None:
             arrays[f"conv{number}.bias"] = conv.bias[episode]
-        arrays |= {f"conv{number}.scale": scale, f"conv{number}.shift": conv.beta - mean * scale}
+        arrays |= {f"conv{number}.scale": scale, f"conv{number}.shift": shift}
     logits = cnn.logits_weight[episode, :classes]  # [classes, F + 1]
     arrays |= {"logits.weight": logits[:, :-1], "logits.bias": logits[:, -1]}
     dtype = logits.dtype

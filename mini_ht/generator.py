@@ -12,7 +12,7 @@ from mini_ht.features import local_features, shared_features
 from mini_ht.kernels import conv_block
 from mini_ht.norms import towards_learned
 from mini_ht.plan import Layer, plan
-from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_conv, support_tokens
+from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_affine, slices_to_conv, support_tokens
 
 
 def generate(
@@ -52,12 +52,13 @@ def generate(
     convs = []
     x = support
     for layer in conv_layers:
-        weight, bias = conv_weights(parameters, config, layer, x, labels, shared, mask)
+        weight, bias, affine = conv_weights(parameters, config, layer, x, labels, shared, mask)
         gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
         x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
         if config.norm == "support":
             x, statistics = towards_learned(parameters, layer.name, config.shrink, x, statistics)
-        convs.append(ConvLayer(weight, bias, gamma, beta, statistics))
+        convs.append(ConvLayer(weight, bias, gamma, beta, statistics, affine))
+        x = convs[-1].rescaled(x)
     logits_weight = generated_slices(parameters, config, logits_layer, x, labels, shared, mask)
     return GeneratedCNN(
         convs=tuple(convs),
@@ -74,14 +75,19 @@ def generate(
 
 def conv_weights(
     parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Array | None
-) -> tuple[Array, Array | None]:
-    """Weight [E, 3, 3, Cin, Cout] and bias of one conv layer: generated from its input activations x, or learned."""
+) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    """Weight [E, 3, 3, Cin, Cout] and bias of one conv layer: generated from its input activations x, or learned.
+
+    Behind them a generated scale and offset of its norm, see `ConvLayer`.
+    """
     learned = parameters.get(f"{layer.name}.weight")  # [3, 3, Cin, Cout]
     if not layer.generated:
         assert learned is not None
-        return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None
-    weight, bias = slices_to_conv(generated_slices(parameters, config, layer, x, *support), layer, config)
-    return (weight if learned is None else weight + learned[None]), bias
+        return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None, None
+    slices = generated_slices(parameters, config, layer, x, *support)
+    weight, bias = slices_to_conv(slices, layer, config)
+    affine = slices_to_affine(parameters, slices, layer) if config.generate_norm else None
+    return (weight if learned is None else weight + learned[None]), bias, affine
 
 
 def layer_tokens(
@@ -106,7 +112,13 @@ def generated_slices(parameters: Mapping[str, Array], config: Config, layer: Lay
     support is (labels [E, n], shared features [E, n, width], mask [E, n] or None).
     """
     tokens, mask = layer_tokens(parameters, layer, x, *support)
-    outputs = encoder(parameters, f"{layer.name}.generator", tokens, config, mask, layer.placeholders)
+    name, count = f"{layer.name}.generator", layer.placeholders
+    placeholders = tokens[:, :count]  # [E, placeholders, D]
+    if config.generator == "separate":
+        tokens, mask = tokens[:, count:], None if mask is None else mask[:, count:]  # [E, n, D] and [E, n]
+    outputs = encoder(parameters, name, tokens, config, mask, count if config.generator == "joint" else tokens.shape[1])
+    if config.generator != "joint":
+        outputs = encoder(parameters, f"{name}.decoder", placeholders, config, mask, count, memory=outputs)
     return read_slices(parameters, layer, config, outputs)
 
 

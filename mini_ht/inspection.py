@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.arrays import Array, as_indices, namespace
-from mini_ht.attention import attention, dense, encoder_layer, layer_norm, split_heads
+from mini_ht.attention import attention, dense, encoder_layer, layer_norm, sigmoid_attention, split_heads
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.features import shared_features
@@ -42,11 +42,13 @@ def attention_maps(
         layer: a layer of the plan that is generated, `conv1` ... or `logits`.
 
     Returns:
-        AttentionMaps; rows are the tokens that ask, and sum to 1 over the tokens that they look at.
+        AttentionMaps; rows are the tokens that ask, and with softmax sum to 1 over the tokens that they look at.
 
     Raises:
-        InputError: a layer that is not generated, and what `generate` refuses.
+        InputError: a layer that is not generated, a generator with a decoder, and what `generate` refuses.
     """
+    if config.generator != "joint":
+        raise InputError(f"generator is {config.generator!r}; maps of attention want one whose generator is 'joint'")
     written = [part.name for part in plan(config) if part.generated]
     if layer not in written:
         raise InputError(f"layer is {layer!r}, which is not generated; choose one of {', '.join(written)}")
@@ -61,6 +63,7 @@ def attention_maps(
             *(activations, conv.weight, conv.gamma, conv.beta),
             **{"bias": conv.bias, "statistics": conv.statistics, "mask": mask, "slope": config.slope},
         )
+        activations = conv.rescaled(activations)
     shared = shared_features(parameters, config, support)
     x, seen = layer_tokens(parameters, chosen, activations, labels, shared, mask)  # [E, T, D] and [E, T]
     weights = []
@@ -78,12 +81,13 @@ def attention_weights(
     """The weights in one encoder layer: tokens x [E, T, D], mask [E, T] -> [E, heads, outputs, T]."""
     if config.encoder == "pre-norm":
         x = layer_norm(x, parameters[f"{name}.attention_norm_gain"], parameters[f"{name}.attention_norm_offset"])
-    query, key = dense(parameters, f"{name}.query", x[:, :outputs]), x @ parameters[f"{name}.key"]
+    query, key = dense(parameters, f"{name}.query", x[:, :outputs]), dense(parameters, f"{name}.key", x)
     query, key = split_heads(query, config.heads), split_heads(key, config.heads)  # [E, heads, .., width]
     # With the identity as its values, attention returns its weights.
     same = namespace(x).eye(x.shape[1], dtype=x.dtype, device=x.device)  # [T, T]
     same = namespace(x).broadcast_to(same, (*key.shape[:-1], x.shape[1]))  # [E, heads, T, T]
-    return attention(query, key, same, None if mask is None else mask[:, None, None, :])
+    attend = attention if config.attention == "softmax" else sigmoid_attention
+    return attend(query, key, same, None if mask is None else mask[:, None, None, :])
 
 
 def spread(weights: Array) -> Array:

@@ -53,7 +53,7 @@ def parameter_table(config: Config) -> Table:
         table[f"{name}_gain"] = ((width,), "ones")
         table[f"{name}_offset"] = ((width,), "zeros")
 
-    def transformer(name: str, width: int) -> None:
+    def transformer(name: str, width: int, decoder: bool = False) -> None:
         keys, values = (
             math.ceil(max(1, int(width * fraction)) / config.heads) * config.heads
             for fraction in (config.key_width, config.value_width)
@@ -61,11 +61,12 @@ def parameter_table(config: Config) -> Table:
         inner = int(width * config.inner_width)
         for number in range(config.layers):
             layer = f"{name}.layer{number}"
-            norm(f"{layer}.attention_norm", width)
-            dense(f"{layer}.query", width, keys)
-            dense(f"{layer}.key", width, keys, bias=False)
-            dense(f"{layer}.value", width, values)
-            dense(f"{layer}.output", values, width)
+            for part in (layer, f"{layer}.own")[: 1 + decoder]:
+                norm(f"{part}.attention_norm", width)
+                dense(f"{part}.query", width, keys)
+                dense(f"{part}.key", width, keys, bias=config.attention == "sigmoid")
+                dense(f"{part}.value", width, values)
+                dense(f"{part}.output", values, width)
             if inner:
                 norm(f"{layer}.inner_norm", width)
                 dense(f"{layer}.inner", width, inner)
@@ -80,6 +81,8 @@ def parameter_table(config: Config) -> Table:
             gain = PIXEL_GAIN if layer.name == "conv1" and number == 0 else 1.0
             conv(f"{layer.name}.local{number}", local.kernel, local.inputs, local.outputs, gain)
         transformer(f"{layer.name}.generator", layer.token_width)
+        if config.generator != "joint":
+            transformer(f"{layer.name}.generator.decoder", layer.token_width, decoder=True)
         if config.readout == "linear":
             shape = (layer.token_width, layer.slice_length)
             table[f"{layer.name}.readout.weight"] = (shape, 1 / math.sqrt(layer.token_width))
@@ -99,6 +102,8 @@ def parameter_table(config: Config) -> Table:
             table[f"{layer.name}.weight"] = (shape, math.sqrt(2 / (KERNEL * KERNEL * layer.inputs)))
         elif config.residual_weights:
             table[f"{layer.name}.weight"] = (shape, "zeros")
+        if layer.generated and config.generate_norm:
+            table[f"{layer.name}.norm_gate"] = ((2,), "zeros")  # so that a norm starts as it is learned
         table[f"{layer.name}.gamma"] = ((layer.outputs,), "ones")
         table[f"{layer.name}.beta"] = ((layer.outputs,), "zeros")
     return table
@@ -128,7 +133,7 @@ def start_as_prototypes(parameters: dict[str, NDArray[np.floating]], config: Con
     Keys start as queries, so that like tokens find each other, and what a head reads from some coordinates of a token
     it adds to the same ones. Placeholder i of the logits layer starts as class i's encoding. Where that layer sees a
     1 x 1 map, its first local features are the activations themselves, and a linear read-out makes them the weights;
-    slices read from the token lie there anyway. docs/results.md has what this gains.
+    slices read from the token lie there anyway. docs/recipe.md has what this gains.
     """
     for name in parameters:
         if name.endswith(".key"):

@@ -47,7 +47,8 @@ def plan(config: Config) -> tuple[Layer, ...]:
 
     for number in range(1, config.blocks + 1):
         if config.allocation == "output":
-            placeholders, length = config.channels, KERNEL * KERNEL * inputs + config.generate_bias
+            more = config.generate_bias + 2 * config.generate_norm
+            placeholders, length = config.channels, KERNEL * KERNEL * inputs + more
         else:
             placeholders, length = KERNEL * KERNEL, inputs * config.channels
         add(f"conv{number}", number in config.generated_convs, inputs, config.channels, placeholders, length)

@@ -17,7 +17,7 @@ QUICKSTART = "quickstart"
 
 def presets() -> dict[str, Config]:
     """All presets by name."""
-    # Read-out through a linear map lets features be wider than the slices ask for (docs/results.md).
+    # Read-out through a linear map lets features be wider than the slices ask for (docs/recipe.md).
     best: dict[str, Any] = {"readout": "linear", "layers": 2}
     best |= {"shared_features": 64, "taper": True, "local_features": 16}
     table = {QUICKSTART: Config(way=5, queries=5, dataset="glyphs", minutes=1.8, **best)}

@@ -49,7 +49,8 @@ def read_slices(parameters: Mapping[str, Array], layer: Layer, config: Config, o
 def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, Array | None]:
     """A conv layer's weight [E, 3, 3, Cin, Cout] and bias ([E, Cout] or None) from its slices.
 
-    "output": one slice is one output channel, in the order (row, column, input channel), then the bias if generated.
+    "output": one slice is one output channel, in the order (row, column, input channel), then the bias if generated,
+    and what `slices_to_affine` reads.
     "spatial": one slice is one kernel position, row by row, in the order (input channel, output channel).
     """
     episodes = slices.shape[0]
@@ -59,3 +60,12 @@ def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, 
     weight = slices[..., :length].reshape(episodes, layer.outputs, KERNEL, KERNEL, layer.inputs)
     weight = namespace(slices).moveaxis(weight, 1, -1)  # [E, 3, 3, Cin, Cout]
     return weight, slices[..., length] if config.generate_bias else None
+
+
+def slices_to_affine(parameters: Mapping[str, Array], slices: Array, layer: Layer) -> tuple[Array, Array]:
+    """What a conv layer's norm is scaled (by 1 + it) and shifted by, [E, Cout] each: its slices' last two numbers.
+
+    Both come through a learned gate, which starts at 0 and leaves the norm as it is.
+    """
+    scale_and_offset = slices[..., -2:] * parameters[f"{layer.name}.norm_gate"]  # [E, Cout, 2]
+    return scale_and_offset[..., 0], scale_and_offset[..., 1]

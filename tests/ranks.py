@@ -18,6 +18,7 @@ from mini_ht.datasets import open_dataset
 from mini_ht.training import loop, report, workers
 from mini_ht.training.device import DeviceStep
 from mini_ht.training.distributed import ALONE, Ranks, another_failed, join
+from mini_ht.training.flat import Layout
 from mini_ht.training.loop import Trainer, adamw, fresh_state, train
 from mini_ht.training.tasks import training_episodes
 from mini_ht.training.workers import Workers
@@ -58,7 +59,7 @@ def device_steps(ranks: Ranks, folder: Path) -> list:
     found = []
     for place in (ranks, ALONE):
         state = fresh_state(CONFIG, CPU)
-        step = DeviceStep(CONFIG, read(folder)["train"], state, adamw(CONFIG, state), ranks=place)
+        step = DeviceStep(CONFIG, read(folder)["train"], state, adamw(CONFIG, Layout(CONFIG), state), ranks=place)
         for state.step in range(3):
             found.append(step(1e-3))
     return [found[:3], found[3:]]

@@ -1,4 +1,4 @@
-"""Laws of attention and of the encoder."""
+"""Laws of attention, of the encoder and of the decoder."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,16 @@ from tolerances import assert_close, assert_different
 
 from mini_ht import Config
 from mini_ht.arrays import as_floats, namespace, relu
-from mini_ht.attention import activate, attention, encoder, feed_forward, layer_norm, multi_head_attention, softmax
+from mini_ht.attention import (
+    activate,
+    attention,
+    encoder,
+    feed_forward,
+    layer_norm,
+    multi_head_attention,
+    sigmoid_attention,
+    softmax,
+)
 from mini_ht.plan import plan
 
 NAME = "logits.generator"
@@ -86,8 +95,22 @@ def test_attention_equals_loops(library, seed, keys, queries):
     assert_close(attention(*library.to((query, key, value))), wanted)
 
 
+@given(seed=seeds, keys=sizes, queries=sizes, scale=st.sampled_from([1.0, 30.0, 1e4]))
+def test_sigmoid_attention_equals_loops(library, seed, keys, queries, scale):
+    """sigmoid(q . k / sqrt(width)) v, number by number, however large the scores are."""
+    rng = np.random.default_rng(seed)
+    query, key, value = (rng.standard_normal(shape) for shape in ((queries, 5), (keys, 5), (keys, 2)))
+    wanted = np.zeros((queries, 2))
+    for i in range(queries):
+        scores = [scale * sum(query[i] * key[j]) / 5**0.5 for j in range(keys)]
+        wanted[i] = sum(value[j] / (1 + np.exp(-max(scores[j], -700))) for j in range(keys))
+    found = library.back(sigmoid_attention(*library.to((query, scale * key, value))))
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
 @given(data=st.data(), seed=seeds)
-def test_a_mask_equals_deletion(library, data, seed):
+@pytest.mark.parametrize("attention", [attention, sigmoid_attention])
+def test_a_mask_equals_deletion(library, attention, data, seed):
     """Keys that are masked out might as well not be there, whatever finite numbers they hold."""
     rng = np.random.default_rng(seed)
     keys = data.draw(st.integers(2, 6))
@@ -163,6 +186,70 @@ def test_multi_head_attention_equals_heads_one_by_one(library, seed, heads):
     assert_close(multi_head_attention(p, "a", x, heads, None, 3), wanted[:, :3])
 
 
+@given(seed=seeds, kind=st.sampled_from(["softmax", "sigmoid"]), masked=st.booleans())
+def test_attention_to_a_memory_is_attention_to_tokens_behind(library, seed, kind, masked):
+    """Tokens that attend to a memory get what the first of a sequence get that may attend to the memory's part only."""
+    rng = np.random.default_rng(seed)
+    p = {f"a.{part}": rng.standard_normal((6, 6)) for part in ("query", "key", "value", "output")}
+    p |= {f"a.{part}_bias": rng.standard_normal(6) for part in ("query", "key", "value", "output")}
+    x, memory, mask = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 5, 6)), rng.random((2, 5)) < 0.6
+    mask[:, 0] = True
+    mask = mask if masked else np.ones_like(mask)
+    behind = np.concatenate([np.zeros((2, 3), bool), mask], axis=1)  # [E, T + S]
+    both = np.concatenate([x, memory], axis=1)  # [E, T + S, D]
+    wanted = multi_head_attention(*library.to((p, "a", both, 2, behind, 3)), kind=kind)
+    seen = library.to((memory, mask if masked else None))
+    found = multi_head_attention(*library.to((p, "a", x, 2)), seen[1], 3, seen[0], kind)
+    assert_close(found, library.back(wanted))
+    other = {"softmax": "sigmoid", "sigmoid": "softmax"}[kind]
+    assert_different(multi_head_attention(*library.to((p, "a", both, 2, behind, 3)), kind=other), library.back(wanted))
+
+
+decoders = configs(generator="separate")
+
+
+def decode(library, config, parameters, x, memory, mask=None):
+    """The logits layer's decoder."""
+    x, memory, mask = library.to((x, memory, mask))
+    return library.back(encoder(library.to(parameters), f"{NAME}.decoder", x, config, mask, x.shape[1], memory))
+
+
+@given(data=st.data(), config=decoders, seed=seeds)
+def test_the_decoder_has_no_positions(library, data, config, seed):
+    """Permuted tokens give the same outputs, permuted; the order of the memory does not matter."""
+    parameters, tokens = tokens_for(config, seed, 11)
+    x, memory = tokens[:, :5], tokens[:, 5:]
+    y = decode(library, config, parameters, x, memory)
+    own, others = data.draw(permutations(5)), data.draw(permutations(6))
+    assert_close(decode(library, config, parameters, x[:, own], memory[:, others]), y[:, own])
+    tensors = library.to((x, memory))
+    some = encoder(library.to(parameters), f"{NAME}.decoder", tensors[0], config, None, 2, tensors[1])
+    assert_close(some, y[:, :2])
+
+
+@given(config=decoders, seed=seeds, masked=st.integers(1, 5))
+def test_the_decoder_ignores_masked_memory(library, config, seed, masked):
+    """A masked part of the memory, of any finite content, changes nothing; an unmasked one does."""
+    parameters, tokens = tokens_for(config, seed, 9)
+    x, memory, kept = tokens[:, :3], tokens[:, 3:], 6 - masked
+    noisy = memory.copy()
+    noisy[:, kept:] = np.random.default_rng(seed + 1).standard_normal(noisy[:, kept:].shape) * 10
+    mask = np.broadcast_to(np.arange(6) < kept, (2, 6)).copy()
+    y = decode(library, config, parameters, x, memory[:, :kept])
+    assert_close(decode(library, config, parameters, x, noisy, mask), y)
+    assert_different(decode(library, config, parameters, x, noisy), y)
+
+
+@given(config=decoders, seed=seeds)
+def test_tokens_of_the_decoder_see_each_other(library, config, seed):
+    """Another last token changes what comes out at the first."""
+    parameters, tokens = tokens_for(config, seed, 9)
+    x, memory = tokens[:, :3], tokens[:, 3:]
+    other = np.concatenate([x[:, :2], np.random.default_rng(seed + 1).standard_normal(x[:, 2:].shape)], axis=1)
+    before, after = (decode(library, config, parameters, part, memory)[:, 0] for part in (x, other))
+    assert_different(after, before)
+
+
 @given(seed=seeds)
 def test_activations_and_feed_forward(library, seed):
     """GELU is torch's tanh form; the feed-forward part treats every token alone."""
@@ -178,15 +265,22 @@ def test_activations_and_feed_forward(library, seed):
 
 
 @pytest.mark.parametrize("order", ["pre-norm", "post-norm"])
-def test_where_the_norm_stands(library, order):
-    """Post-norm outputs are normalised by the layer itself; pre-norm outputs by the final norm."""
-    config = Config(blocks=1, image_size=8, layers=2, encoder=order)
+@pytest.mark.parametrize("inner", [1.0, 0.0])
+@pytest.mark.parametrize("stack", ["", ".decoder"])
+def test_where_the_norm_stands(library, order, inner, stack):
+    """Post-norm outputs are normalised by the last layer's last part; pre-norm outputs by the final norm."""
+    config = Config(blocks=1, image_size=8, layers=2, encoder=order, inner_width=inner, generator="decoder")
     parameters, x = tokens_for(config, 0)
-    last = f"{NAME}.norm" if order == "pre-norm" else f"{NAME}.layer1.inner_norm"
-    assert (f"{NAME}.norm_gain" in parameters) == (order == "pre-norm")
+    name = f"{NAME}{stack}"
+    part = "inner_norm" if inner else "attention_norm"
+    last = f"{name}.norm" if order == "pre-norm" else f"{name}.layer1.{part}"
+    assert (f"{name}.norm_gain" in parameters) == (order == "pre-norm")
     width = x.shape[-1]
     parameters |= {f"{last}_gain": np.ones(width), f"{last}_offset": np.zeros(width)}
-    y = library.back(encoder(library.to(parameters), NAME, library.to(x), config, None, 6))
+    if stack:
+        y = decode(library, config, parameters, x, x)
+    else:
+        y = library.back(encoder(library.to(parameters), NAME, library.to(x), config, None, 6))
     assert_close(y.var(-1), np.ones((2, 6)), "float32")
     assert np.abs(y.mean(-1)).max() < 1e-12
 
@@ -204,9 +298,12 @@ def test_float32_stays_float32(library, config, seed):
         encoder(parameters, NAME, x, config, None, 3),
         encoder(parameters, NAME, x, config, mask, 6),
         attention(x, x, x, mask[:, None, :]),
+        sigmoid_attention(x, x, x, mask[:, None, :]),
         softmax(x),
         layer_norm(x, ones, ones),
         activate(x, "gelu"),
         activate(x, "relu"),
     ]
+    if config.generator != "joint":
+        results.append(encoder(parameters, f"{NAME}.decoder", x[:, :3], config, mask, 3, x))
     assert {str(library.back(y).dtype) for y in results} == {"float32"}

@@ -19,7 +19,7 @@ from mini_ht.baselines import training
 from mini_ht.baselines.__main__ import main
 from mini_ht.baselines.cost import cost
 from mini_ht.baselines.maml import adapt, inner_loop, maml_loss, network, step_shares
-from mini_ht.baselines.method import BaselineLayout, Method, draw
+from mini_ht.baselines.method import NAMES, RECIPES, BaselineLayout, Method, draw
 from mini_ht.baselines.prototypes import prototype_logits
 from mini_ht.baselines.training import BaselineTrainer, load, train
 from mini_ht.datasets import glyphs
@@ -223,7 +223,7 @@ def test_absent_classes_are_never_chosen():
 
 SMALL = Config(
     **{"way": 5, "queries": 3, "channels": 6, "blocks": 2, "image_size": 14, "episodes": 320, "episodes_per_step": 8},
-    **{"learning_rate": 1e-2, "dataset": "glyphs", "seed": 1, "precision": "float32"},
+    **{"learning_rate": 1e-2, "conv_rate": 1.0, "dataset": "glyphs", "seed": 1, "precision": "float32"},
 )
 
 
@@ -232,7 +232,7 @@ def images():
     return {"train": glyphs(11, 60, drawings=8, size=14), "validation": glyphs(12, 30, drawings=8, size=14)}
 
 
-@pytest.mark.parametrize("name", ["prototypes", "maml", "maml++"])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_learns(tmp_path, images, name):
     """A few hundred episodes of built-in characters bring unseen ones far over chance; the log has its usual rows."""
     train(SMALL, Method(name, steps=3), images, tmp_path, quiet=True)
@@ -242,6 +242,23 @@ def test_it_learns(tmp_path, images, name):
     parameters, config, method = load(tmp_path)
     assert (config, method) == (SMALL, Method(name, steps=3))
     assert parameters.keys() == draw(config, method).keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_convs_learn_at_their_rate(name, images, monkeypatch):
+    """A first step moves the convs by `conv_rate` times the learning rate, all else by it; weights decay alike."""
+    method, gradient = Method(name, steps=2), lambda *_: (torch.ones(trainer.layout.size), torch.zeros(2))
+    for decay in (0.0, 0.5):
+        config = dataclasses.replace(SMALL, conv_rate=8.0, weight_decay=decay, clip=0.0)
+        trainer = BaselineTrainer(config, method, images["train"])
+        monkeypatch.setattr(trainer.workers, "gradient", gradient)
+        before = trainer.state.vector.clone()
+        trainer.step(1e-3)
+        views, moved = (trainer.layout.views(vector) for vector in (before, before - trainer.state.vector))
+        assert views.keys() == draw(config, method).keys()
+        for part, x in views.items():
+            rate = 8.0 if part in ("conv1.weight", "conv2.weight") else 1.0
+            assert_close(moved[part], 1e-3 * (rate + decay * x * part.endswith(".weight")), "float32", part)
 
 
 def test_resume_is_exact(tmp_path, images, monkeypatch):
@@ -267,6 +284,8 @@ def test_resume_is_exact(tmp_path, images, monkeypatch):
         train(config, dataclasses.replace(method, inner_rate=0.1), only, tmp_path / "halves", resume=True, quiet=True)
     with pytest.raises(InputError, match="holds a run already"):
         train(config, method, only, tmp_path / "halves", quiet=True)
+    with pytest.raises(InputError, match="leave start out"):
+        train(dataclasses.replace(config, start="omniglot"), method, only, tmp_path / "other", quiet=True)
     resumed = train(config, method, only, tmp_path / "halves", resume=True, quiet=True)
     assert resumed.step == whole.step == 8 and (resumed.loss, resumed.accuracy) == (whole.loss, whole.accuracy)
     for name in VECTORS:
@@ -300,6 +319,8 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(run) == 0 and main(run) == 2 and "holds a run" in capsys.readouterr().err
     _, config, method = load(tmp_path / "run")
     assert (config.way, config.episodes, method) == (3, 8, Method("maml", inner_rate=0.7))
+    assert config == dataclasses.replace(config, **RECIPES["maml"])
+    assert all("conv_rate" in RECIPES[name] for name in NAMES)  # the default is the generator's
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "3", "--norm", "support", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["episodes"] == 3 and found["norm"] == "support" and 0 <= found["accuracy"] <= 1

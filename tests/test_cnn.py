@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from strategies import cases, make_case, permutations, seeds
 from tolerances import assert_close, assert_different
 
-from mini_ht import Config, InputError
+from mini_ht import Config, InputError, cnn, generate
 from mini_ht.cnn import linear
+from mini_ht.folded import fold
+from mini_ht.kernels import conv_stack
 
 
 def run(library, case, query=None, mask=None, norm=None):
@@ -105,6 +107,60 @@ def test_one_channels_weights_change_one_channel(library, case, data):
             assert_different(library.back(after(query)), library.back(before(query)))
 
 
+@given(case=cases(generate_norm=True, allocation="output"), norm=st.sampled_from(["batch", "support"]))
+def test_a_generated_norm_scales_and_shifts_each_channel(library, case, norm):
+    """Each task's CNN with generated norms is one with gamma (1 + scale) and beta (1 + scale) + offset, block by block.
+
+    Blocks that are not generated have none, and folding leads to the same network.
+    """
+    cnn = case.generate(library).with_norm(norm)
+    logits = library.back(cnn(library.to(case.query)))
+    generated = [conv.affine is not None for conv in cnn.convs]
+    assert generated == [k in case.config.generated_convs for k in range(1, case.config.blocks + 1)]
+    for e in range(len(logits)):
+        own = []
+        for conv in cnn.convs:
+            scale, offset = (0, 0) if conv.affine is None else (part[e] for part in conv.affine)  # [Cout] each
+            one = {"weight": conv.weight[e : e + 1], "bias": None if conv.bias is None else conv.bias[e : e + 1]}
+            one |= {"gamma": conv.gamma * (1 + scale), "beta": conv.beta * (1 + scale) + offset, "affine": None}
+            own.append(dataclasses.replace(conv, **one, statistics=tuple(x[e : e + 1] for x in conv.statistics)))
+        head = {"logits_weight": cnn.logits_weight[e : e + 1], "present": cnn.present[e : e + 1]}
+        alone = dataclasses.replace(cnn, convs=tuple(own), **head)
+        assert_close(library.back(alone(library.to(case.query[e : e + 1])))[0], logits[e])
+        if library.name == "numpy" and norm == "support":
+            folded = fold(cnn, case.config.way, e)(case.query[e])  # [m, way]
+            there = np.isfinite(logits[e, 0])
+            assert_close(folded[:, there], logits[e][:, there])
+
+
+@given(case=cases(generate_norm=True, allocation="output", generate="all", channels=3))
+def test_generated_norms_count(library, case):
+    """Another scale, or another offset, of the last block's norm gives other logits."""
+    cnn = case.generate(library)
+    *convs, last = cnn.convs
+    query = library.to(case.query)
+    for part in (0, 1):
+        affine = tuple(x + 1 if k == part else x for k, x in enumerate(last.affine))
+        other = dataclasses.replace(cnn, convs=(*convs, dataclasses.replace(last, affine=affine)))
+        assert_different(library.back(other(query)), library.back(cnn(query)))
+
+
+def test_blocks_are_fused_unless_norms_are_generated(monkeypatch):
+    """With learned norms the query pass is one call for all blocks; with generated ones it is a call a block."""
+    for generated, wanted in ((False, [3]), (True, [1, 1, 1])):
+        config = Config(way=2, blocks=3, image_size=8, layers=1, channels=2, generate_norm=generated)
+        case, calls = make_case(config, 0, 1, 3, 2, False, False), []
+        network = generate(case.parameters, config, case.support, case.labels)
+
+        def counted(x, weights, *rest, calls=calls):
+            calls.append(len(weights))
+            return conv_stack(x, weights, *rest)
+
+        monkeypatch.setattr(cnn, "conv_stack", counted)
+        network(case.query)
+        assert calls == wanted
+
+
 @given(seed=seeds, size=st.integers(1, 3))
 def test_linear_equals_loops(library, seed, size):
     """The logits layer flattens (row, column, channel); the last column of its weight is the bias."""
@@ -126,6 +182,7 @@ def test_float32_in_float32_out(library, norm, case):
     arrays = [cnn.with_norm(norm)(library.to(query)), cnn.logits_weight]
     for conv in cnn.convs:
         arrays += [conv.weight, conv.gamma, conv.beta, *conv.statistics, *([] if conv.bias is None else [conv.bias])]
+        arrays += conv.affine or ()
     assert {str(library.back(x).dtype) for x in arrays} == {"float32"}
 
 

@@ -30,7 +30,7 @@ def test_the_plan_fits_together(config):
     for number, layer in enumerate(convs, start=1):
         assert (layer.name, layer.size, layer.inputs, layer.outputs) == (f"conv{number}", size, inputs, config.channels)
         assert layer.generated == (number in config.generated_convs)
-        weights = 9 * inputs * config.channels + (config.channels if config.generate_bias else 0)
+        weights = config.channels * (9 * inputs + config.generate_bias + 2 * config.generate_norm)
         assert layer.placeholders * layer.slice_length == weights
         size, inputs = size // 2, config.channels
     assert (logits.inputs, logits.outputs, logits.placeholders) == (size * size * inputs, config.way, config.way)
@@ -68,7 +68,18 @@ def test_layers_that_do_not_exist(choice):
     [
         *[
             ({name: "other"}, rf"{name} is 'other'; choose one of ")
-            for name in ("norm", "encoder", "activation", "allocation", "readout", "dataset", "split", "protocol")
+            for name in (
+                "norm",
+                "generator",
+                "attention",
+                "encoder",
+                "activation",
+                "allocation",
+                "readout",
+                "dataset",
+                "split",
+                "protocol",
+            )
         ],
         *[
             ({name: 0}, rf"{name} is 0; it must be at least 1")
@@ -84,6 +95,7 @@ def test_layers_that_do_not_exist(choice):
         ({"value_width": 0}, r"value_width is 0; it must be at least"),
         ({"image_size": 15}, r"image_size 15 is too small: 4 blocks want at least 16 pixels"),
         ({"allocation": "spatial", "generate_bias": True}, r"'spatial' has no slice for a channel's bias"),
+        ({"allocation": "spatial", "generate_norm": True}, r"'spatial' has no slice for a channel's bias or norm: use"),
         *[({name: -0.1}, r"must each lie in \[0, 1\)") for name in ("ema", "label_smoothing", "slope")],
         *[({name: 1}, r"must each lie in \[0, 1\)") for name in ("ema", "label_smoothing", "slope")],
     ],

@@ -16,6 +16,7 @@ from tolerances import relative_error
 from mini_ht.config import Config
 from mini_ht.datasets.glyphs import glyphs
 from mini_ht.training.device import DeviceImages, DeviceStep
+from mini_ht.training.flat import Layout
 from mini_ht.training.loop import Trainer, adamw, fresh_state
 from mini_ht.training.tasks import training_episodes
 
@@ -26,7 +27,7 @@ SQUARES = glyphs(5, 12, drawings=6, size=11)
 def device_step(config: Config, images=IMAGES["train"], device: torch.device = CPU) -> DeviceStep:
     """A step on fresh parameters."""
     state = fresh_state(config, device)
-    return DeviceStep(config, images, state, adamw(config, state))
+    return DeviceStep(config, images, state, adamw(config, Layout(config), state))
 
 
 @given(

@@ -1,5 +1,7 @@
 """Laws of the generator: what a support set's order, labels, padding and batching may change in the weights."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import Case, cases, configs, make_case, permutations, seeds
 from tolerances import assert_all_close, assert_close, assert_different, contents
 
-from mini_ht import Config, draw_parameters, generate, generator, preset, to_torch
+from mini_ht import Config, attention, draw_parameters, generate, generator, preset, to_torch
 from mini_ht.arrays import namespace
+from mini_ht.plan import plan
 
 
 @given(data=st.data())
@@ -74,25 +77,43 @@ def twice(case: Case) -> Case:
     return case.index(np.tile(np.arange(case.labels.shape[1]), 2))
 
 
-@given(case=cases())
+@given(case=cases(generator="joint", attention="softmax") | cases(generator="decoder", attention="softmax"))
 def test_a_support_set_twice_weighs_the_same_if_only_images_are_attended_to(library, case):
     """With placeholders as no one's keys, every image twice changes no weight: averages do not count repetitions."""
-    original = generator.encoder
+    placeholders = {f"{layer.name}.generator": layer.placeholders for layer in plan(case.config)}
 
-    def images_as_keys(parameters, name, x, config, mask, outputs):
+    def images_as_keys(x, mask, name):
         mask = namespace(x).ones_like(x[..., 0]) > 0 if mask is None else mask
-        # The first tokens are the placeholders, `outputs` of them; no number is less than itself.
-        mask = namespace(x).concat([x[:, :outputs, 0] < x[:, :outputs, 0], mask[:, outputs:]], 1)
-        return original(parameters, name, x, config, mask, outputs)
+        first = x[:, : placeholders[name.removesuffix(".decoder")], 0]
+        # No number is less than itself.
+        return namespace(x).concat([first < first, mask[:, first.shape[1] :]], 1)
+
+    def encoder(parameters, name, x, config, mask, outputs, memory=None):
+        mask = images_as_keys(x if memory is None else memory, mask, name)
+        return attention.encoder(parameters, name, x, config, mask, outputs, memory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "encoder", images_as_keys)
+        patch.setattr(generator, "encoder", encoder)
         assert_all_close(contents(twice(case).generate(library)), contents(case.generate(library)))
 
 
-@given(case=cases(channels=3, shared_features=4))
+@given(case=cases(generator="separate", attention="softmax"))
+def test_a_support_set_twice_weighs_the_same_apart_from_the_placeholders(library, case):
+    """Where images and placeholders never stand side by side as keys, every image twice changes no weight."""
+    assert_all_close(contents(twice(case).generate(library)), contents(case.generate(library)))
+
+
+WIDER = {"channels": 3, "shared_features": 4}
+
+
+@given(
+    case=cases(generator="joint", **WIDER) | cases(generator="decoder", **WIDER) | cases(attention="sigmoid", **WIDER)
+)
 def test_a_support_set_twice_weighs_more_against_the_placeholders(library, case):
-    """Placeholders are keys as well, and keep their number: every image twice does change the generated weights."""
+    """Placeholders are keys as well, and keep their number: every image twice does change the generated weights.
+
+    So it does where attention is a sum and no mean.
+    """
     once, repeated = contents(case.generate(library)), contents(twice(case).generate(library))
     assert_different(repeated["logits"], once["logits"])
     for number in case.config.generated_convs:
@@ -129,6 +150,43 @@ def test_an_absent_class_is_never_predicted(library, case):
     wanted = np.broadcast_to(present[:, None], logits.shape)
     np.testing.assert_array_equal(np.isfinite(logits), wanted)
     assert (logits[~wanted] == -np.inf).all()
+
+
+@given(case=cases(channels=3), seed=seeds)
+def test_what_the_encoder_of_each_generator_sees(library, case, seed):
+    """Joint and decoder: the placeholders, then the images. Separate: the images alone. Only a decoder sees memory."""
+    kind, images, seen = case.config.generator, case.labels.shape[1], {}
+
+    def encoder(parameters, name, x, config, mask, outputs, memory=None):
+        keys = None if memory is None else memory.shape[1]
+        seen[name] = (x.shape[1], outputs, None if mask is None else mask.shape[1], keys)
+        return attention.encoder(parameters, name, x, config, mask, outputs, memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "encoder", encoder)
+        case.generate(library)
+    wanted = {}
+    for layer in plan(case.config):
+        if not layer.generated:
+            continue
+        name, count = f"{layer.name}.generator", layer.placeholders
+        total = images + (0 if kind == "separate" else count)
+        masked = None if case.mask is None else total
+        wanted[name] = (total, count if kind == "joint" else total, masked, None)
+        wanted |= {} if kind == "joint" else {f"{name}.decoder": (count, count, masked, total)}
+    assert seen == wanted
+
+
+@given(case=cases(generate_norm=True, allocation="output", generate="all"))
+def test_a_generated_norm_starts_as_the_learned_one(library, case):
+    """Fresh parameters, whose gates are 0, generate scales and offsets of 0: the CNN is that of a learned norm."""
+    case = case.replace(parameters=draw_parameters(case.config, 0, np.float64))
+    cnn = case.generate(library)
+    for conv in cnn.convs:
+        assert all((library.back(part) == 0).all() for part in conv.affine)
+    plain = dataclasses.replace(cnn, convs=tuple(dataclasses.replace(conv, affine=None) for conv in cnn.convs))
+    query = library.to(case.query)
+    np.testing.assert_allclose(library.back(cnn(query)), library.back(plain(query)), rtol=1e-9, atol=1e-9)
 
 
 # A norm over one image of 1 x 1 pixels divides rounding errors by sqrt(NORM_EPS): in float32, with one query, both
@@ -210,9 +268,12 @@ def test_every_parameter_has_a_gradient(case):
 
 def same_for_every_class(config: Config) -> set[str]:
     """The parameters that add the same vector to the logits layer's slice of every class."""
+    stack = "" if config.generator == "joint" else "decoder."
     norm = "inner_norm" if config.inner_width else "attention_norm"
     last = "norm" if config.encoder == "pre-norm" else f"layer{config.layers - 1}.{norm}"
-    return {f"logits.generator.{last}_offset"} | ({"logits.readout.bias"} if config.readout == "linear" else set())
+    return {f"logits.generator.{stack}{last}_offset"} | (
+        {"logits.readout.bias"} if config.readout == "linear" else set()
+    )
 
 
 @given(case=full_cases())

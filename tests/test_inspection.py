@@ -23,20 +23,24 @@ def all_maps(library, case) -> dict[str, AttentionMaps]:
     return {name: attention_maps(*parts, layer=name) for name in names}
 
 
-@given(case=cases())
+@given(case=cases(generator="joint"))
 def test_the_maps_are_what_the_generator_used(library, case):
     """A generator whose attention only multiplies the values by the maps, in their order, writes the same CNN."""
     replay = [weights for maps in all_maps(library, case).values() for weights in maps.weights]
     wanted = contents(case.generate(library))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attention", lambda query, key, value, mask=None: replay.pop(0) @ value)
+        for name in ("attention", "sigmoid_attention"):
+            patch.setattr(attention, name, lambda query, key, value, mask=None: replay.pop(0) @ value)
         assert_all_close(contents(case.generate(library)), wanted)
     assert not replay, f"{len(replay)} maps were never asked for"
 
 
-@given(case=cases())
+@given(case=cases(generator="joint"))
 def test_rows_sum_to_one_and_padding_is_not_looked_at(library, case):
-    """Every token spreads a weight of 1 over all tokens, nothing of it on padding; in the last, placeholders ask."""
+    """Every token spreads a weight of 1 over all tokens, nothing of it on padding; in the last, placeholders ask.
+
+    With sigmoid attention each weight is in 0 .. 1, and they need not sum to 1.
+    """
     episodes, images = case.labels.shape
     layers = {layer.name: layer for layer in plan(case.config)}
     for name, maps in all_maps(library, case).items():
@@ -45,13 +49,14 @@ def test_rows_sum_to_one_and_padding_is_not_looked_at(library, case):
         for number, weights in enumerate(map(library.back, maps.weights)):
             asking = first if number == case.config.layers - 1 else first + images
             assert weights.shape == (episodes, case.config.heads, asking, first + images)
-            assert_close(weights.sum(-1), np.ones(weights.shape[:-1]))
-            assert (weights >= 0).all()
+            if case.config.attention == "softmax":
+                assert_close(weights.sum(-1), np.ones(weights.shape[:-1]))
+            assert (weights >= 0).all() and (weights <= 1).all()
             padded = np.broadcast_to(~case.padding()[:, None, None], (*weights.shape[:-1], images))
             assert (weights[..., first:][padded] == 0).all()
 
 
-@given(case=cases(episodes=(1, 1)))
+@given(case=cases(episodes=(1, 1), generator="joint"))
 def test_a_single_task_needs_no_leading_axis(library, case):
     """A support set without E has the maps of a batch of one."""
     mask = None if case.mask is None else case.mask[0]
@@ -67,6 +72,14 @@ def test_a_layer_that_is_not_generated_has_no_maps():
     images, labels = np.zeros((2, 8, 8, 1)), np.array([0, 1])
     with pytest.raises(InputError, match=r"'conv1'.*choose one of conv2, logits"):
         attention_maps(generic_parameters(config, 0), config, images, labels, layer="conv1")
+
+
+def test_a_generator_with_a_decoder_has_no_maps():
+    """The error names the generator that came and the one that is wanted."""
+    config = Config(way=2, blocks=2, image_size=8, generator="separate")
+    images, labels = np.zeros((2, 8, 8, 1)), np.array([0, 1])
+    with pytest.raises(InputError, match=r"generator is 'separate'; .*'joint'"):
+        attention_maps(generic_parameters(config, 0), config, images, labels)
 
 
 def test_spread(library):

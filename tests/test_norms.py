@@ -56,7 +56,7 @@ def test_the_support_pass_uses_what_the_query_pass_uses(library, case):
         wanted = shrunk(tuple(library.back(part) for part in own), learned, config.shrink)
         for found, should in zip(conv.statistics, wanted, strict=True):
             assert_close(library.back(found), should)
-        x, _ = conv_block(*arguments, **options, statistics=conv.statistics)
+        x = conv.rescaled(conv_block(*arguments, **options, statistics=conv.statistics)[0])
 
 
 @given(case=cases(norm="support", learned=True, shrink=1.0, episodes=(1, 1)), seed=seeds)

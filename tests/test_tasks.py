@@ -1,8 +1,9 @@
-"""Training with `vary`: every step has a task of its own, and all kinds of tasks come."""
+"""Steps with a task of their own: with `vary` of every kind, with `introduce` of ever more unlabelled images."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_training import CONFIG, IMAGES, run
 
 from mini_ht import Config, InputError
 from mini_ht.datasets.images import ImageSet
-from mini_ht.training.tasks import HIDDEN, step_task, training_choice, training_episodes
+from mini_ht.training.tasks import HIDDEN, step_task, step_unlabelled, training_choice, training_episodes
 
 
 def blank(classes: int, count: int) -> ImageSet:
@@ -68,3 +69,68 @@ def test_too_few_images_for_vary(tmp_path):
     with pytest.raises(InputError, match=r"train images: class .* has 5 images; wanted 6 \(shot 4"):
         run(dataclasses.replace(CONFIG, vary=4), tmp_path / "run")
     assert not (tmp_path / "run").exists() and IMAGES["train"].counts.min() == 5
+
+
+def introducing(unlabelled: int, steps: int, **fields) -> Config:
+    """4-way 1-shot; each of the `unlabelled` stages lasts as many steps of 3 episodes."""
+    options = {"way": 4, "queries": 2, "episodes_per_step": 3, "introduce": 3 * unlabelled * steps}
+    return Config(**(options | fields), unlabelled=unlabelled, image_size=16)
+
+
+@given(seed=seeds, unlabelled=st.integers(1, 4), steps=st.integers(1, 3))
+def test_unlabelled_images_come_in_by_stages(seed, unlabelled, steps):
+    """Each stage but the last has as many steps, and its number 0 .. unlabelled is the most that a step has."""
+    config = introducing(unlabelled, steps)
+    rng = np.random.default_rng(seed)
+    for step in range(steps * (unlabelled + 3)):
+        most = min(step // steps, unlabelled)
+        # None of the most + 1 numbers is missing among 200, but for a chance of 1e-18.
+        assert {step_unlabelled(config, rng, step) for _ in range(200)} == set(range(most + 1))
+
+
+def test_stages_of_unequal_length():
+    """Where stages are no whole steps, a step has the stage in which its first episode lies."""
+    config, rng = introducing(3, 1, introduce=10), np.random.default_rng(0)
+    most = [max(step_unlabelled(config, rng, step) for _ in range(200)) for step in range(6)]
+    assert most == [0, 0, 1, 2, 3, 3]  # from episodes 0, 3, 6, 9, 12, 15; stages begin at 0, 3 1/3, 6 2/3, 10
+
+
+def test_each_number_is_as_likely():
+    """Over the steps of a training that are behind the introduction, each number 0 .. unlabelled comes as often."""
+    config, images = introducing(4, 1, episodes_per_step=1), blank(5, 7)
+    first = config.introduce
+    numbers = [(training_choice(config, images, step)[0].labels < 0).sum() // 4 for step in range(first, first + 2000)]
+    assert np.abs(np.bincount(numbers, minlength=5) / 2000 - 0.2).max() < 0.036  # 4 standard errors
+
+
+@given(seed=seeds, unlabelled=st.integers(1, 3), step=st.integers(0, 12), shift=st.integers(0, 1))
+def test_an_introducing_step_is_one_of_a_plain_training(seed, unlabelled, step, shift):
+    """A step with u unlabelled images has the episodes of a training with always u; the first ones are supervised.
+
+    The number follows from seed and step alone, and is the same in all of a step's episodes and in each part of it.
+    """
+    config, images = introducing(unlabelled, 2, seed=seed, shift=shift), blank(6, 6)
+    batch = training_episodes(config, images, step)
+    counts = (batch.labels < 0).sum(1)  # [E]
+    assert set(counts % 4) == {0} and len(set(counts)) == 1 and (step > 1 or not counts.any())
+    plain = dataclasses.replace(config, unlabelled=int(counts[0]) // 4, introduce=0)
+    again, other = training_episodes(config, images, step, slice(1, 3)), training_episodes(plain, images, step)
+    for name in ("support", "labels", "query", "query_labels", "support_rows", "query_rows"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))
+        np.testing.assert_array_equal(getattr(batch, name)[1:3], getattr(again, name))
+
+
+@pytest.mark.parametrize("fields", [{}, {"unlabelled": 2, "vary": 3}])
+def test_introduce_wants_unlabelled_images_and_no_vary(fields):
+    """Without unlabelled images there is nothing to introduce, and vary has its own: both are InputErrors."""
+    with pytest.raises(InputError, match=r"introduce 5 came with .*; wanted unlabelled above 0 and vary 0"):
+        Config(introduce=5, **fields)
+    with pytest.raises(InputError, match="introduce is -1; it must be at least 0"):
+        Config(introduce=-1, unlabelled=2)
+    assert Config(introduce=5, unlabelled=2).introduce == 5
+
+
+def test_older_checkpoints_do_not_introduce():
+    """The config of a checkpoint from before `introduce` is read as one that always had all unlabelled images."""
+    fields = json.loads(Config(unlabelled=2).to_json())
+    assert fields.pop("introduce") == 0 and Config.from_json(json.dumps(fields)) == Config(unlabelled=2)

@@ -9,17 +9,21 @@ from tolerances import assert_close
 from mini_ht import Config
 from mini_ht.arrays import namespace
 from mini_ht.plan import plan
-from mini_ht.tokens import pad_width, placeholder_tokens, read_slices, slices_to_conv, support_tokens
+from mini_ht.tokens import pad_width, placeholder_tokens, read_slices, slices_to_affine, slices_to_conv, support_tokens
 
 
-def conv_to_slices(weight, bias, config):
-    """The inverse of `slices_to_conv`: [E, 3, 3, Cin, Cout] -> [E, placeholders, slice length]."""
+def conv_to_slices(weight, bias, config, affine=None):
+    """The inverse of `slices_to_conv` and `slices_to_affine`: [E, 3, 3, Cin, Cout] -> [E, placeholders, slice length].
+
+    affine, where a norm is generated, are the scale and the offset [E, Cout].
+    """
     xp = namespace(weight)
     episodes, _, _, inputs, outputs = weight.shape
     if config.allocation == "spatial":
         return weight.reshape(episodes, 9, inputs * outputs)
     slices = xp.moveaxis(weight, -1, 1).reshape(episodes, outputs, 9 * inputs)
-    return slices if bias is None else xp.concat([slices, bias[..., None]], axis=-1)
+    more = ([] if bias is None else [bias]) + list(affine or ())
+    return xp.concat([slices, *(part[..., None] for part in more)], axis=-1)
 
 
 def conv_layer(config):
@@ -37,9 +41,11 @@ def test_slices_to_weights_to_slices(library, config, seed):
     """Slices become weights and the same slices again; weights become slices and the same weights again. Exactly."""
     layer, slices = slices_for(config, seed)
     weight, bias = slices_to_conv(library.to(slices), layer, config)
+    open_gate = library.to({f"{layer.name}.norm_gate": np.ones(2)})
+    affine = slices_to_affine(open_gate, library.to(slices), layer) if config.generate_norm else None
     assert tuple(weight.shape) == (2, 3, 3, layer.inputs, layer.outputs)
     assert (bias is not None) == config.generate_bias
-    again = conv_to_slices(weight, bias, config)
+    again = conv_to_slices(weight, bias, config, affine)
     np.testing.assert_array_equal(library.back(again), slices)
     other, other_bias = slices_to_conv(again, layer, config)
     np.testing.assert_array_equal(library.back(other), library.back(weight))
@@ -62,6 +68,16 @@ def test_one_output_slice_is_one_channel(library, config, seed, data):
     if config.generate_bias:
         before, after = (library.back(slices_to_conv(library.to(s), layer, config)[1]) for s in (slices, changed))
         np.testing.assert_array_equal(before != after, wanted[:, 0, 0, 0])
+
+
+@given(config=configs(allocation="output", generate_norm=True), seed=seeds)
+def test_the_last_two_of_a_slice_are_scale_and_offset_of_its_norm(library, config, seed):
+    """Slice i ends with scale and offset of channel i, each through its own gate, the same for all channels."""
+    layer, slices = slices_for(config, seed)
+    gate = np.random.default_rng(seed + 1).standard_normal(2)
+    found = slices_to_affine(library.to({f"{layer.name}.norm_gate": gate}), library.to(slices), layer)
+    for part, column in zip(found, (-2, -1), strict=True):
+        np.testing.assert_array_equal(library.back(part), slices[..., column] * gate[column])
 
 
 @given(config=configs(allocation="spatial"), seed=seeds, i=st.integers(0, 8))
@@ -162,5 +178,6 @@ def test_float32_stays_float32(library, config, seed):
     tokens = placeholder_tokens(parameters, layer, 2)
     slices = read_slices(parameters, layer, config, tokens)
     weight, bias = slices_to_conv(slices, layer, config)
-    results = [images, tokens, slices, weight, conv_to_slices(weight, bias, config)] + ([] if bias is None else [bias])
+    affine = slices_to_affine(parameters, slices, layer) if config.generate_norm else ()
+    results = [images, tokens, slices, weight, *([] if bias is None else [bias]), *affine]
     assert {str(library.back(x).dtype) for x in results} == {"float32"}

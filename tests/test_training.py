@@ -21,6 +21,7 @@ from mini_ht import bench as bench_module
 from mini_ht.bench import bench_training
 from mini_ht.datasets.images import ImageSet
 from mini_ht.figures import read_metrics
+from mini_ht.parameters import parameter_table
 from mini_ht.training import loop
 from mini_ht.training.checkpoint import STATE, VECTORS, load_run, save_run
 from mini_ht.training.device import set_gradient
@@ -102,7 +103,10 @@ def test_kinds_of_parameters_learn_at_their_rate(generate):
     config = dataclasses.replace(CONFIG, generate=generate, conv_rate=8.0, weight_decay=0.5)
     for decay in (0.0, 0.5):
         state = fresh_state(config, CPU)
-        before, optimiser = state.vector.clone(), adamw(dataclasses.replace(config, weight_decay=decay), state)
+        before, optimiser = (
+            state.vector.clone(),
+            adamw(dataclasses.replace(config, weight_decay=decay), Layout(config), state),
+        )
         set_gradient(optimiser, torch.ones_like(before))
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * group["rate"]
@@ -236,6 +240,27 @@ def test_resume_after_a_torn_metrics_line(tmp_path):
     with (tmp_path / METRICS).open("a") as stream:
         stream.write('{"step": 12, "lo')
     run(CONFIG, tmp_path, resume=True)
+
+
+def test_a_training_begins_with_another_generator(tmp_path):
+    """`start` takes over the parameters, and nothing else; a generator of other sizes, or none, is refused."""
+    run(CONFIG, tmp_path / "first")
+    first, _ = load(tmp_path / "first")
+    later = dataclasses.replace(CONFIG, start=str(tmp_path / "first"), shot=2, seed=8)
+    state = fresh_state(later, CPU)
+    assert torch.equal(state.vector, Layout(CONFIG).join(first)) and torch.equal(state.vector, state.average)
+    assert not state.first_moment.any() and not state.second_moment.any() and state.step == 0
+    run(dataclasses.replace(later, learning_rate=0.0, ema=0.0), tmp_path / "second")
+    second, config = load(tmp_path / "second")
+    assert config.start == str(tmp_path / "first")
+    assert all(np.array_equal(second[name], first[name]) for name in parameter_table(CONFIG))
+    with pytest.raises(InputError, match=r"cannot start there: .* has \[.* start from a generator of the same"):
+        fresh_state(dataclasses.replace(later, channels=3), CPU)
+    with pytest.raises(InputError, match=r"conv1\.weight is missing in"):
+        fresh_state(dataclasses.replace(later, generate="logits"), CPU)
+    with pytest.raises(InputError, match=r"no checkpoint .*, and no pretrained generator of that name"):
+        run(dataclasses.replace(later, start=str(tmp_path / "nothing")), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 def test_resume_wants_the_same_config(tmp_path):

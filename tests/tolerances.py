@@ -62,4 +62,7 @@ def contents(cnn: Any) -> dict[str, np.ndarray]:
         # As it is used: a channel that never fires has variance 0, give or take the rounding of NORM_EPS.
         arrays |= {f"variance{number}": conv.statistics[1] + NORM_EPS}
         arrays |= {} if conv.bias is None else {f"bias{number}": conv.bias}
+        arrays |= (
+            {} if conv.affine is None else dict(zip((f"scale{number}", f"offset{number}"), conv.affine, strict=True))
+        )
     return {name: as_numpy(array) for name, array in arrays.items()}

@@ -70,7 +70,7 @@ conv1 = plan(config)[0]
 one = conv2d(support[0], parameters["conv1.local0.weight"], parameters["conv1.local0.bias"], stride=2)
 two = conv2d(relu(one), parameters["conv1.local1.weight"], parameters["conv1.local1.bias"], stride=1)
 local = local_features(parameters, conv1, support)  # [E, n, 16]
-assert np.array_equal(local[0], np.concatenate([one.mean((1, 2)), two.mean((1, 2))], axis=-1))
+assert np.allclose(local[0], np.concatenate([one.mean((1, 2)), two.mean((1, 2))], axis=-1))
 
 # %%
 # One layer
@@ -110,7 +110,7 @@ assert np.allclose(block[0], x) and np.allclose(statistics[0], mean)
 *conv_layers, logits_layer = plan(config)
 x, convs = support, []
 for layer in conv_layers:
-    weight, bias = conv_weights(parameters, config, layer, x, labels, shared, None)
+    weight, bias, _ = conv_weights(parameters, config, layer, x, labels, shared, None)
     gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
     x, statistics = conv_block(x, weight, gamma, beta)
     convs.append(ConvLayer(weight, bias, gamma, beta, statistics))

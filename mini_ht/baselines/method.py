@@ -15,16 +15,16 @@ from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.parameters import Table
 from mini_ht.plan import KERNEL, plan
-from mini_ht.training.flat import Layout
+from mini_ht.training.flat import KINDS, Layout
 
 Name = Literal["prototypes", "maml", "maml++"]
 NAMES: tuple[Name, ...] = get_args(Name)
 
-# What differs from the presets, which are for HyperTransformers.
+# What differs from the presets, which are for HyperTransformers; chosen on validation characters.
 RECIPES: dict[str, dict[str, Any]] = {
-    "prototypes": {"learning_rate": 2e-2, "episodes_per_step": 8},
-    "maml": {"learning_rate": 1e-2, "episodes_per_step": 8},
-    "maml++": {"learning_rate": 1e-2, "episodes_per_step": 8},
+    "prototypes": {"learning_rate": 2e-2, "conv_rate": 1.0, "episodes_per_step": 8},
+    "maml": {"learning_rate": 1e-2, "conv_rate": 1.0, "episodes_per_step": 8},
+    "maml++": {"learning_rate": 1e-2, "conv_rate": 5.0, "episodes_per_step": 8},
 }
 
 
@@ -100,11 +100,18 @@ def draw(config: Config, method: Method) -> dict[str, NDArray[np.float32]]:
 
 
 class BaselineLayout(Layout):
-    """Where each parameter of a baseline lies in the vector: first the weights, which decay, then the rest."""
+    """Where each parameter of a baseline lies in the vector: convs, logits weights, the rest; and each kind's part."""
 
     def __init__(self, config: Config, method: Method) -> None:
-        names = sorted(shapes := table(config, method), key=lambda name: not name.endswith(".weight"))
-        self.shapes = {name: shapes[name][0] for name in names}
+        shapes = {name: shape for name, (shape, _) in table(config, method).items()}
+        kinds = {
+            name: "vectors" if not name.endswith(".weight") else "convs" if len(shape) == 4 else "matrices"
+            for name, shape in shapes.items()
+        }
+        self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: KINDS.index(kinds[name]))}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.size = sum(self.sizes)
-        self.matrices = sum(math.prod(shape) for name, shape in self.shapes.items() if name.endswith(".weight"))
+        self.size, self.parts = 0, {}
+        for which in KINDS:
+            start = self.size
+            self.size += sum(math.prod(shape) for name, shape in shapes.items() if kinds[name] == which)
+            self.parts[which] = slice(start, self.size)

@@ -21,13 +21,22 @@ from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes
 from mini_ht.errors import InputError
 from mini_ht.evaluation import evaluation_episodes, score
+from mini_ht.memory import keep_freed_memory
 from mini_ht.parameters import CHECKPOINT, checkpoint_path, read_tensors, to_numpy, write_tensors
 from mini_ht.training.checkpoint import FIGURES, STATE, VECTORS, State
 from mini_ht.training.log import METRICS, Log, truncate_metrics
-from mini_ht.training.loop import CHECKPOINT_SECONDS, DIVERGED, VALIDATION_EPISODES, Trainer, check_data, part_task
+from mini_ht.training.loop import (
+    CHECKPOINT_SECONDS,
+    DIVERGED,
+    VALIDATION_EPISODES,
+    Trainer,
+    adamw,
+    check_data,
+    part_task,
+)
 from mini_ht.training.schedule import learning_rate, progress
 from mini_ht.training.tasks import training_episodes
-from mini_ht.training.workers import Clock, Workers, keep_freed_memory, storage_dtype
+from mini_ht.training.workers import Clock, Workers, storage_dtype
 
 Parameters = Mapping[str, Tensor]
 
@@ -99,14 +108,7 @@ class BaselineTrainer(Trainer):
         self.state = state = State(vector, vector.clone(), torch.zeros_like(vector), torch.zeros_like(vector))
         if run_dir is not None:
             self.resume(run_dir / STATE)
-        parts = slice(0, self.layout.matrices), slice(self.layout.matrices, None)
-        leaves, decays = [state.vector[part] for part in parts], (config.weight_decay, 0.0)
-        self.optimiser = torch.optim.AdamW(
-            [{"params": [leaf], "weight_decay": decay} for leaf, decay in zip(leaves, decays, strict=True)], fused=True
-        )
-        for leaf, part in zip(leaves, parts, strict=True):
-            moments = {"exp_avg": state.first_moment[part], "exp_avg_sq": state.second_moment[part]}
-            self.optimiser.state[leaf] = {"step": torch.tensor(float(state.step), device=self.device), **moments}
+        self.optimiser = adamw(config, self.layout, state)
         self.workers = OneProcess(self, images)
 
     def validate(self, images: ImageSet) -> float:
@@ -191,6 +193,8 @@ def train(
     from torch.utils.tensorboard import SummaryWriter
 
     check_data(config, images)
+    if config.start:
+        raise InputError(f"start is {config.start!r}; a baseline begins with its seed: leave start out")
     if not resume and (run_dir / STATE).exists():
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
     torch.set_num_threads(1)  # small operations do not gain from more

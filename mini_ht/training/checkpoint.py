@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it stopped, in one safetensors file beside the model."""
+"""What a run begins with, and needs to go on exactly where it stopped: one safetensors file beside the model."""
 
 import dataclasses
 import math
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mini_ht.adaptation import open_generator
 from mini_ht.config import Config
 from mini_ht.errors import InputError
-from mini_ht.parameters import CHECKPOINT, read_tensors, save, to_numpy, write_tensors
+from mini_ht.parameters import CHECKPOINT, draw_parameters, read_tensors, save, to_numpy, write_tensors
 from mini_ht.training.flat import Layout
 
 STATE = "training.safetensors"
@@ -35,6 +36,23 @@ class State:
     def evaluated(self, config: Config) -> Tensor:
         """The parameters that are evaluated and saved: the running average if there is one."""
         return self.average if config.ema else self.vector
+
+
+def fresh_state(config: Config, device: torch.device) -> State:
+    """The start of a training: moments at zero, parameters from the config's seed, or of the generator `config.start`.
+
+    Raises InputError where that generator cannot be read, or has other sizes.
+    """
+    layout, parameters = Layout(config), draw_parameters(config, config.seed)
+    if config.start:
+        parameters = dict(open_generator(config.start).parameters)
+        for name, shape in layout.shapes.items():
+            if name not in parameters or parameters[name].shape != shape:
+                has = f"has {list(parameters[name].shape)}" if name in parameters else "is missing"
+                why = f"{name} {has} in {config.start} and {list(shape)} in this config"
+                raise InputError(f"cannot start there: {why}; start from a generator of the same sizes")
+    vector = layout.join(parameters).to(device)
+    return State(vector, vector.clone(), torch.zeros_like(vector), torch.zeros_like(vector))
 
 
 def save_run(run_dir: Path, config: Config, state: State) -> None:

@@ -104,8 +104,9 @@ class DeviceStep:
         for group, rate in zip(optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.waiting: tuple[int, list[NDArray[Any]]] | None = None
-        # With `vary` each step has shapes of its own, which no graph can hold.
-        self.replay = self.capture() if device.type == "cuda" and not config.vary else self.compute
+        # With `vary` or `introduce` each step has shapes of its own, which no graph can hold.
+        self.varied = bool(config.vary or config.introduce)
+        self.replay = self.capture() if device.type == "cuda" and not self.varied else self.compute
 
     def draw(self, step: int) -> list[NDArray[Any]]:
         """Labels [E, n], targets [E, m], rows and turns [E, n + m], offsets [E, n + m, 2] of a step's episodes."""
@@ -167,7 +168,7 @@ class DeviceStep:
         ready = self.waiting[1] if self.waiting and self.waiting[0] == step else self.draw(step)
         with torch.no_grad():
             for number, array in enumerate(ready):
-                if self.config.vary:
+                if self.varied:
                     self.inputs[number] = torch.from_numpy(array).to(self.scalars.device)
                 else:
                     self.inputs[number].copy_(torch.from_numpy(array))

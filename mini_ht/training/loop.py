@@ -17,8 +17,8 @@ from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
 from mini_ht.errors import InputError
 from mini_ht.evaluation import affordable_queries, evaluate, evaluation_episodes
-from mini_ht.parameters import CHECKPOINT, draw_parameters, save, to_numpy
-from mini_ht.training.checkpoint import STATE, State, load_run, save_run
+from mini_ht.parameters import CHECKPOINT, save, to_numpy
+from mini_ht.training.checkpoint import STATE, State, fresh_state, load_run, save_run
 from mini_ht.training.device import DeviceStep, set_gradient
 from mini_ht.training.distributed import ALONE, Ranks, join, restarted
 from mini_ht.training.flat import Layout
@@ -48,14 +48,14 @@ def interrupts_wait() -> Iterator[None]:
         signal.raise_signal(first)
 
 
-def adamw(config: Config, state: State) -> torch.optim.AdamW:
+def adamw(config: Config, layout: Layout, state: State) -> torch.optim.AdamW:
     """AdamW on the state's vector and moments: decay shrinks matrices, not biases and gains.
 
     Each group has a `rate`: how much faster than the others its parameters learn. They decay no faster.
     """
     on_gpu = state.vector.device.type == "cuda"
     groups, moments = [], {}
-    for which, part in Layout(config).parts.items():
+    for which, part in layout.parts.items():
         if part.start == part.stop:
             continue
         leaf, rate = state.vector[part], config.conv_rate if which == "convs" else 1.0  # shares the vector's memory
@@ -95,7 +95,7 @@ class Trainer:
         self.state = state or fresh_state(config, self.device)
         if self.device.type == "cpu":
             self.state.vector.share_memory_()
-        self.optimiser = adamw(config, self.state)
+        self.optimiser = adamw(config, self.layout, self.state)
         if workers < 0:
             raise InputError(f"workers is {workers}; wanted 0 (one a core) or more")
         # A GPU takes whole steps; cores share the gradient of each.
@@ -180,12 +180,6 @@ def check_data(config: Config, images: Mapping[str, ImageSet]) -> None:
             next(evaluation_episodes(some, 1, **task))
         except InputError as error:
             raise InputError(f"{part} images: {error}") from error
-
-
-def fresh_state(config: Config, device: torch.device) -> State:
-    """The start of a training: parameters from the config's seed, moments at zero."""
-    vector = Layout(config).join(draw_parameters(config, config.seed)).to(device)
-    return State(vector, vector.clone(), torch.zeros_like(vector), torch.zeros_like(vector))
 
 
 def train(

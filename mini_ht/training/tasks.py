@@ -32,6 +32,16 @@ def step_task(config: Config, images: ImageSet, rng: np.random.Generator) -> tup
     return config.task | {"way": way, "shot": most, "queries": queries, "unlabelled": 0}, way * shot, hidden
 
 
+def step_unlabelled(config: Config, rng: np.random.Generator, step: int) -> int:
+    """With `config.introduce`: how many unlabelled images a class a step has, uniformly 0 .. most.
+
+    most rises from 0 to `config.unlabelled` in even stages over the first `config.introduce` episodes. All at once, a
+    generator can get stuck with guessing (paper, appendix C).
+    """
+    stage = config.unlabelled * step * config.episodes_per_step // config.introduce
+    return int(rng.integers(min(stage, config.unlabelled), endpoint=True))
+
+
 def training_choice(config: Config, images: ImageSet, step: int) -> tuple[Choice, NDArray[np.integer]]:
     """The episodes of a step: a resumed run continues as if never interrupted.
 
@@ -39,6 +49,8 @@ def training_choice(config: Config, images: ImageSet, step: int) -> tuple[Choice
     """
     rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
     task, count, hidden = step_task(config, images, rng) if config.vary else (config.task, 0, 0.0)
+    if config.introduce:  # a stream of its own: the episodes are those of a training with always as many
+        task["unlabelled"] = step_unlabelled(config, rng.spawn(1)[0], step)
     choice = choose(images, rng, config.episodes_per_step, rotate=config.rotate, mirror=config.mirror, **task)
     if config.vary:
         choice = thin(choice, rng, count, hidden)
