@@ -6,7 +6,7 @@ PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 
-.PHONY: help train test lint types check docs fuzz compatibility gpu clean
+.PHONY: help train test lint types check docs fuzz compatibility results-quick gpu clean
 
 help:
 	@echo "make train   set up and train on the built-in images for about 2 minutes; results in runs/quickstart"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint | types | check   one part of that (check: the tests alone)"
 	@echo "make docs    run the tutorials and build the site: docs/_build/index.html"
 	@echo "make fuzz    ten minutes of hostile input for each reader; pip install '.[fuzz]' guides it by coverage"
+	@echo "make results-quick   one row of the results anew in some minutes, and compared; archives in OMNIGLOT"
 	@echo "make gpu     on a CUDA GPU: its tests, the benchmark of the kernels, 60 s of training; all in results/gpu/"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -47,10 +48,14 @@ compatibility:
 fuzz: $(READY)
 	$(VENV)/bin/python -m tests.fuzz --minutes 10
 
-# Needs torch for CUDA in GPU_PYTHON, and in OMNIGLOT the folder that holds the two official archives.
-GPU_PYTHON ?= $(VENV)/bin/python
+# The folder that holds the two official archives.
 OMNIGLOT ?= ../shared/data/omniglot
 
+results-quick: $(READY)
+	$(VENV)/bin/python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir $(OMNIGLOT)
+
+# Needs torch for CUDA in GPU_PYTHON.
+GPU_PYTHON ?= $(VENV)/bin/python
 GPU_HT = $(GPU_PYTHON) -c "from mini_ht.cli import main; main()"
 
 gpu: $(READY)

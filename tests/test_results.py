@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from mini_ht import InputError
+
 ROOT = Path(__file__).parents[1]
 OMNIGLOT = Path(os.environ.get("MINI_HT_OMNIGLOT", ROOT / "../shared/data/omniglot")).resolve()
 
@@ -64,3 +66,48 @@ def test_unlabelled_embeddings(tmp_path, monkeypatch, capsys):
     assert summary.keys() == committed.keys() and summary["settings"] == committed["settings"]
     assert summary["gain"]["accuracy"] > 0.01 and summary["oracle"]["accuracy"] > summary["two_layers"]["accuracy"]
     assert json.loads(capsys.readouterr().out) == summary
+
+
+def test_rows_are_commands(tmp_path):
+    """A row's name says what is trained, and a mistyped one is refused."""
+    rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
+    hour = ["--minutes", "60", "--workers", "1"]
+    assert rows.training("1shot-8ch-logits") == ["train", "omniglot-20way-1shot-8ch-logits", *hour]
+    more = ["--split", "alphabet", "--seed", "1"]
+    assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *hour, *more]
+    quick = ["--episodes", rows.QUICK, "--workers", "1"]
+    start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
+    assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *quick, *start]
+    for name in ("1shot-8ch", "2shot-8ch-all", "1shot-7ch-all", "1shot-8ch-all-seed1-quick", "../1shot-8ch-all"):
+        with pytest.raises(InputError):
+            rows.training(name)
+
+
+def test_the_table_of_rows_is_in_the_documents(tmp_path):
+    """docs/results.md holds the table as the script prints it from the folders."""
+    rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
+    rows.HERE = ROOT / "results/omniglot"
+    assert rows.table() in (ROOT / "docs/results.md").read_text()
+    for folder in sorted(rows.HERE.glob("*/")):
+        assert f"mini-ht {' '.join(rows.training(folder.name))} " in (folder / "command.txt").read_text()
+
+
+@needs_omniglot
+def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
+    """Few episodes: its folder has what the table needs, a second run agrees with it, and a wrong figure is noticed."""
+    rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
+    monkeypatch.setattr(rows, "QUICK", "32")
+    monkeypatch.setattr(rows, "EPISODES", "32")
+    monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
+    row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)
+    rows.run(row, data, tmp_path / "run")
+    assert {file.name for file in (tmp_path / row).iterdir()} == {*rows.KEPT, "evaluate.jsonl", "command.txt"}
+    kept = [json.loads(text) for text in (tmp_path / row / "evaluate.jsonl").read_text().splitlines()]
+    assert [(figures["protocol"], figures["norm"]) for figures in kept] == rows.WAYS
+    assert rows.percent(kept[1]) in rows.table().splitlines()[2] and "| 32 |" in rows.table()
+    monkeypatch.setattr(rows, "train", lambda row, data_dir, run_dir: shutil.copytree(tmp_path / "run", run_dir))
+    assert rows.check(row, data).startswith("reproduced")
+    kept[0]["accuracy"] += 0.5
+    (tmp_path / row / "evaluate.jsonl").write_text(json.dumps(kept[0]))
+    with pytest.raises(SystemExit, match="not reproduced"):
+        rows.check(row, data)

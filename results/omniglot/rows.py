@@ -1,0 +1,156 @@
+"""Rows of the Omniglot table: trains and measures one, prints the table, checks that a row comes out again.
+
+    python results/omniglot/rows.py run 1shot-8ch-logits --data-dir ../shared/data/omniglot
+    python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir ../shared/data/omniglot
+    python results/omniglot/rows.py table
+
+A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, or the logits layer only. Behind that
+may stand quick (40,960 episodes in place of an hour), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots
+begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is kept in a
+folder of the row's name beside this file.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mini_ht import Config, InputError, preset
+from mini_ht.parameters import generator_size
+from mini_ht.plan import cnn_size
+
+HERE = Path(__file__).parent
+NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|logits)(-quick)?(-alphabet)?(-seed\d+)?")
+MINUTES = {"1": "60", "5": "20"}  # by shots, of one process on one core
+QUICK = "40960"  # counted in episodes, a row can be repeated
+RATE = ["--learning-rate", "0.001"]  # of what is trained already
+RUNS = Path("runs/omniglot")
+EPISODES = "1000"
+WAYS = [(protocol, norm) for protocol in ("disjoint", "released") for norm in ("batch", "support")]
+KEPT = ("summary.json", "metrics.jsonl", "curve.png")
+AGAIN = 0.015  # how far a repeated row may lie from the first, beside both intervals: processors round differently
+PAPER = {  # 20-way, table 1 of arXiv 2201.04182: logits layer generated; MAML++ after Antoniou et al.
+    1: {8: "87.2, 81.4", 16: "93.7, 88.6", 32: "95.5, 95.6", 48: "95.7, 95.8", 64: "96.2, 97.7"},
+    5: {8: "94.7, 83.2", 16: "98.0, 94.9", 32: "98.6, 98.6", 48: "98.8, 98.8", 64: "98.8, 99.3"},
+}
+COLUMNS = ["row", *map(", ".join, WAYS), "episodes", "minutes", "generator, CNN", "paper: HT, MAML++"]
+
+
+def training(row: str) -> list[str]:
+    """The command that trains a row, behind `mini-ht`; without data and run folder. InputError for another name."""
+    if not (found := NAME.fullmatch(row)):
+        raise InputError(f"{row!r} is no row; wanted a name such as 1shot-8ch-logits or 5shot-16ch-all-alphabet-seed1")
+    shot, channels, layers, quick, alphabet, seed = found.groups()
+    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
+    preset(name)
+    more = ["--episodes", QUICK] if quick else ["--minutes", MINUTES[shot]]
+    more += ["--workers", "1"]
+    more += ["--split", "alphabet"] if alphabet else []
+    more += ["--seed", seed[5:]] if seed else []
+    more += ["--start", str(RUNS / f"1shot{row[5:]}"), *RATE] if shot == "5" else []
+    return ["train", name, *more]
+
+
+def mini_ht(*arguments: str, quiet: bool = False) -> str:
+    """Run a command of mini-ht; returns what it prints if quiet."""
+    command = [sys.executable, "-m", "mini_ht", *arguments]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if quiet else None).stdout or ""
+
+
+def train(row: str, data_dir: str, run_dir: Path) -> None:
+    """Train a row, or go on with it."""
+    more = ["--resume"] if (run_dir / "training.safetensors").exists() else []
+    mini_ht(*training(row), "--data-dir", data_dir, "--run-dir", str(run_dir), *more)
+
+
+def measure(run_dir: Path, data_dir: str, protocol: str, norm: str) -> dict[str, Any]:
+    """Figures of a trained row on episodes of test characters."""
+    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--episodes", EPISODES, "--json"]
+    return json.loads(mini_ht("evaluate", str(run_dir), *options, quiet=True))
+
+
+def run(row: str, data_dir: str, run_dir: Path) -> None:
+    """Train and measure a row, and keep what is small."""
+    train(row, data_dir, run_dir)
+    figures = [measure(run_dir, data_dir, *way) for way in WAYS]
+    folder = HERE / row
+    folder.mkdir(exist_ok=True)
+    for name in KEPT:
+        shutil.copy(run_dir / name, folder)
+    (folder / "evaluate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+    (folder / "command.txt").write_text(f"mini-ht {shlex.join(training(row))} --data-dir DIR --run-dir RUN\n")
+
+
+def check(row: str, data_dir: str) -> str:
+    """Train a row anew and compare it with what is kept; SystemExit if the two differ."""
+    kept = json.loads((HERE / row / "evaluate.jsonl").read_text().splitlines()[0])
+    with tempfile.TemporaryDirectory() as folder:
+        train(row, data_dir, Path(folder) / "run")
+        again = measure(Path(folder) / "run", data_dir, *WAYS[0])
+    allowed = kept["interval"] + again["interval"] + AGAIN
+    text = f"{row} has {percent(again)} %, kept are {percent(kept)} %; up to {100 * allowed:.2f} points may lie between"
+    if abs(again["accuracy"] - kept["accuracy"]) > allowed:
+        raise SystemExit(f"not reproduced: {text}")
+    return f"reproduced: {text}"
+
+
+def percent(figures: dict[str, Any]) -> str:
+    """An accuracy with its interval."""
+    return f"{100 * figures['accuracy']:.2f} +- {100 * figures['interval']:.2f}"
+
+
+def cells(texts: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(texts)} |"
+
+
+def line(row: str) -> str:
+    """A row of the table."""
+    figures = [json.loads(text) for text in (HERE / row / "evaluate.jsonl").read_text().splitlines()]
+    summary = json.loads((HERE / row / "summary.json").read_text())
+    config = Config.from_json(json.dumps(summary["config"]))
+    published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
+    cost = f"{summary['episodes']:,}", f"{summary['seconds'] / 60:.1f}"
+    sizes = f"{generator_size(config):,}, {cnn_size(config):,}"
+    return cells([f"[{row}](../results/omniglot/{row})", *map(percent, figures), *cost, sizes, published])
+
+
+def table() -> str:
+    """All rows that are there, as Markdown for docs/results.md."""
+    found = [path.parent.name for path in HERE.glob("*/evaluate.jsonl")]
+    found.sort(key=lambda row: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", row)])
+    return "\n".join([cells(COLUMNS), cells(["---"] * len(COLUMNS)), *map(line, found)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "check", "table"))
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--data-dir", help="folder with the two Omniglot archives")
+    options = parser.parse_args()
+    if options.what == "table":
+        print(table())
+        return
+    if not options.rows or not options.data_dir:
+        parser.error(f"{options.what} needs --data-dir and at least one ROW")
+    try:
+        for row in options.rows:
+            training(row)
+    except InputError as error:
+        parser.error(str(error))
+    for row in options.rows:
+        if options.what == "run":
+            run(row, options.data_dir, RUNS / row)
+        else:
+            print(check(row, options.data_dir))
+
+
+if __name__ == "__main__":
+    main()
