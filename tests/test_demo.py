@@ -465,10 +465,15 @@ def test_checkpoints(tmp_path):
 
 def test_ctrl_c_ends_it():
     """The command says where the page is, and Ctrl-C ends it without complaint."""
-    script = "from mini_ht.cli_demo import Demo, demo\ndemo(Demo(port=0, open=False))"
+    # A background job of a shell has Ctrl-C ignored, and so would what it starts.
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "from mini_ht.cli_demo import Demo, demo\ndemo(Demo(port=0, open=False))"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline().startswith("mini-ht demo: http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0 and process.stderr.read() == ""
+        try:
+            assert process.wait(20) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
