@@ -111,7 +111,7 @@ def feed_forward(parameters: Mapping[str, Array], name: str, x: Array, activatio
     return dense(parameters, f"{name}.outer", hidden)
 
 
-def residual(
+def _residual(
     parameters: Mapping[str, Array], name: str, part: Callable[[Array], Array], x: Array, config: Config
 ) -> Array:
     """x + part(norm(x)), or norm(x + part(x)), for x [E, T, D]; a part that is short gives only the first tokens."""
@@ -138,8 +138,8 @@ def encoder_layer(
     def forward(x: Array) -> Array:
         return feed_forward(parameters, name, x, config.activation)
 
-    x = residual(parameters, f"{name}.attention_norm", attend, x, config)
-    return residual(parameters, f"{name}.inner_norm", forward, x, config) if f"{name}.inner" in parameters else x
+    x = _residual(parameters, f"{name}.attention_norm", attend, x, config)
+    return _residual(parameters, f"{name}.inner_norm", forward, x, config) if f"{name}.inner" in parameters else x
 
 
 def encoder(

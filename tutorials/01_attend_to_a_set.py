@@ -29,6 +29,7 @@ from mini_ht.attention import (
     feed_forward,
     layer_norm,
     multi_head_attention,
+    sigmoid_attention,
     softmax,
     split_heads,
 )
@@ -69,6 +70,14 @@ print(attention(query, key, value).round(2))
 
 by_hand = softmax(query @ key.T / np.sqrt(3)) @ value
 assert np.allclose(attention(query, key, value), by_hand)
+
+# %%
+# Softmax makes the books compete. With ``attention="sigmoid"`` in a config each gets a weight of its own between 0 and
+# 1, so a second copy of the whole shelf counts twice, where softmax does not notice it.
+
+twice = np.tile(key, (2, 1)), np.tile(value, (2, 1))  # [2 T, width]
+assert np.allclose(attention(query, *twice), by_hand)
+assert np.allclose(sigmoid_attention(query, *twice), 2 * sigmoid_attention(query, key, value))
 
 # %%
 # Shuffle the books

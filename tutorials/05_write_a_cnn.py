@@ -25,7 +25,7 @@ from mini_ht.attention import encoder, softmax
 from mini_ht.cnn import ConvLayer, GeneratedCNN, linear
 from mini_ht.datasets import open_dataset
 from mini_ht.episodes import sample
-from mini_ht.features import SHARED_STRIDES, local_features, shared_features, shared_widths
+from mini_ht.features import SHARED_STRIDES, local_features, mean_neighbourhood, shared_features, shared_widths
 from mini_ht.generator import conv_weights, generate, generated_slices, layer_tokens, present_classes
 from mini_ht.inspection import attention_maps, spread
 from mini_ht.kernels import NORM_EPS, conv2d, conv_block
@@ -33,7 +33,7 @@ from mini_ht.maps import draw_attention, draw_kernels, draw_plane
 from mini_ht.norms import towards_learned
 from mini_ht.parameters import draw_parameters, load_pretrained, to_numpy, to_torch
 from mini_ht.plan import plan
-from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_conv, support_tokens
+from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_affine, slices_to_conv, support_tokens
 
 folder = os.environ.get("MINI_HT_OMNIGLOT")
 images = open_dataset("omniglot" if folder else "glyphs", folder)["test"]  # characters that no generator has seen
@@ -73,6 +73,13 @@ local = local_features(parameters, conv1, support)  # [E, n, 16]
 assert np.allclose(local[0], np.concatenate([one.mean((1, 2)), two.mean((1, 2))], axis=-1))
 
 # %%
+# Of the second conv only the mean is wanted, and that is the conv of the mean neighbourhood: so its map is never made.
+
+seen = mean_neighbourhood(relu(one), conv1.local[1])  # [n, 3 * 3 * 16]
+weight, bias = (parameters[f"conv1.local1.{part}"] for part in ("weight", "bias"))
+assert np.allclose(seen @ weight.reshape(len(seen[0]), -1) + bias, two.mean((1, 2)))
+
+# %%
 # One layer
 # ---------
 # Placeholders before support tokens, through this layer's own encoder, slices out, folded into kernels.
@@ -91,7 +98,11 @@ weight, _ = slices_to_conv(slices, conv1, config)  # [E, 3, 3, 1, 4]
 # ---------
 # The support images now go through the layer just written: conv, ReLU, the largest of each 2 x 2 pixels, and a norm
 # that brings each channel to mean 0 and variance 1 over the images at hand. Its scale :math:`\gamma` and offset
-# :math:`\beta` are learned, not generated.
+# :math:`\beta` are learned, not generated. With ``generate_norm`` in a config slices end in two more numbers, by which
+# a task scales and shifts what comes out of the norm, through a gate that starts at 0:
+
+scale, offset = slices_to_affine({"conv1.norm_gate": np.zeros(2)}, slices, conv1)  # [E, 4] each
+assert not scale.any() and not offset.any()
 
 x = relu(conv2d(support[0], weight[0], np.zeros(4), padding=1))  # [n, 28, 28, 4]
 x = x.reshape(10, 14, 2, 14, 2, 4).max((2, 4))  # [n, 14, 14, 4]
