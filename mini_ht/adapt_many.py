@@ -20,8 +20,8 @@ from mini_ht.files import write_atomically
 from mini_ht.memory import keep_freed_memory
 from mini_ht.support_folder import read_support
 
-BATCH = 16  # tasks that are adapted and written together
-CHECKED = 16  # one of so many files is run before it is put in place; a fault in writing would show in every one
+BATCH = 16  # tasks that are adapted and written together; the first file is run before it is put in place, the others
+# are not: a fault in writing would show in every one
 WRITERS = 2  # files of a batch that wait for the disk at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -140,13 +140,13 @@ def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> 
     if not tasks:
         return outcome
     classifiers = adapt(generator, tasks, order.preprocess, order.polarity)
-    with ThreadPoolExecutor(WRITERS) as pool:  # the disk confirms a file while the next ones are checked
+    with ThreadPoolExecutor(WRITERS) as pool:  # the disk confirms a file while the next ones are built
         writings: list[tuple[Path, Future[None]]] = []
-        for number, (folder, task, classifier) in enumerate(zip(good, tasks, classifiers, strict=True)):
+        for folder, task, classifier in zip(good, tasks, classifiers, strict=True):
             try:
                 file = check_target(order.target(folder), order.force)
                 data = file_bytes(classifier, file, order.precision)
-                if number % CHECKED == 0:
+                if task is tasks[0]:
                     check_bytes(data, classifier, file, task.images[:4], order.precision)
                 writings.append((folder, pool.submit(write_atomically, file, data)))
             except InputError as error:

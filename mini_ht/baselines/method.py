@@ -15,7 +15,7 @@ from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.parameters import Table
 from mini_ht.plan import KERNEL, plan
-from mini_ht.training.flat import KINDS, Layout
+from mini_ht.training.flat import Layout
 
 Name = Literal["prototypes", "maml", "maml++"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -99,19 +99,15 @@ def draw(config: Config, method: Method) -> dict[str, NDArray[np.float32]]:
     }
 
 
+def kind(name: str, shape: tuple[int, ...]) -> str:
+    """Parameters that learn alike; what a step of MAML++ has of its own are vectors, stacked."""
+    if not name.endswith(".weight"):
+        return "vectors"
+    return "convs" if len(shape) == 4 else "matrices"
+
+
 class BaselineLayout(Layout):
     """Where each parameter of a baseline lies in the vector: convs, logits weights, the rest; and each kind's part."""
 
     def __init__(self, config: Config, method: Method) -> None:
-        shapes = {name: shape for name, (shape, _) in table(config, method).items()}
-        kinds = {
-            name: "vectors" if not name.endswith(".weight") else "convs" if len(shape) == 4 else "matrices"
-            for name, shape in shapes.items()
-        }
-        self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: KINDS.index(kinds[name]))}
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.size, self.parts = 0, {}
-        for which in KINDS:
-            start = self.size
-            self.size += sum(math.prod(shape) for name, shape in shapes.items() if kinds[name] == which)
-            self.parts[which] = slice(start, self.size)
+        self.lay_out(table(config, method), kind)

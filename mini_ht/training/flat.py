@@ -1,6 +1,7 @@
 """All parameters as one vector: one optimiser update, one gradient to pass between processes."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mini_ht.config import Config
-from mini_ht.parameters import parameter_table
+from mini_ht.parameters import Table, parameter_table
 
 KINDS = ("convs", "matrices", "vectors")
 
@@ -25,12 +26,15 @@ class Layout:
     """Where each parameter of a config lies in the vector: kind by kind, and each kind's part."""
 
     def __init__(self, config: Config) -> None:
-        shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
+        self.lay_out(parameter_table(config), kind)
+
+    def lay_out(self, table: Table, kind: Callable[[str, tuple[int, ...]], str]) -> None:
+        """Give every parameter of the table its place."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, slice] = {}
         self.size = 0
         for which in KINDS:
-            some = {name: shape for name, shape in shapes.items() if kind(name, shape) == which}
+            some = {name: shape for name, (shape, _) in table.items() if kind(name, shape) == which}
             start, self.size = self.size, self.size + sum(math.prod(shape) for shape in some.values())
             self.parts[which] = slice(start, self.size)
             self.shapes |= some
