@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mini_ht.arrays import Array, as_floats, namespace, relu
+from mini_ht.arrays import Array, as_floats, relu
 from mini_ht.errors import InputError
 from mini_ht.kernels import reference
 
@@ -133,7 +133,7 @@ def activate_and_norm(
 ) -> tuple[Array, Statistics]:
     """The rest of a block, after the pool: [E, N, h, w, C] -> (like it, (mean, variance))."""
     # The activation never decreases, so it may come after the pool, where there is a quarter of the values.
-    active = namespace(pooled).where(pooled > 0, pooled, slope * pooled) if slope else relu(pooled)
+    active = relu(pooled, slope)
     if statistics is None and mask is None:
         return computer.batch_norm(active, gamma, beta, NORM_EPS)
     active = as_floats(active, gamma)

@@ -33,6 +33,8 @@ def as_indices(labels: Array) -> Array:
     return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
 
 
-def relu(x: Array) -> Array:
-    """max(x, 0), with gradient 0 at 0."""
-    return np.maximum(x, 0) if isinstance(x, np.ndarray) else x.relu()
+def relu(x: Array, slope: float = 0.0) -> Array:
+    """max(x, slope x) with 0 <= slope < 1, a leaky ReLU above 0; the gradient at 0 is the slope."""
+    if torch_functions := fused(x):
+        return torch_functions.leaky_relu(x, slope) if slope else x.relu()
+    return np.maximum(x, slope * x if slope else 0)
