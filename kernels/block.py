@@ -59,6 +59,16 @@ def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1, padding: int =
     return implementation(impl, x).conv2d(x, weight, bias, stride, padding)
 
 
+def conv_max_pool(x: Array, weight: Array, bias: Array, impl: str = "auto") -> Array:
+    """conv 3x3 'same' with one weight for all images, then 2x2 max-pool (valid) where a map has two rows or more.
+
+    x [B, H, W, Cin], weight [3, 3, Cin, Cout], bias [Cout] -> [B, H // 2, W // 2, Cout], or like x.
+    """
+    if min(x.shape[1:3]) < 2:
+        return conv2d(x, weight, bias, padding=1, impl=impl)
+    return implementation(impl, x).conv_max_pool(x[None], weight[None])[0] + as_floats(bias, x)
+
+
 def conv_block(
     x: Array,
     weight: Array,

@@ -1,12 +1,14 @@
 """One vocabulary for NumPy and torch: the model is written in the names that both libraries share."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 # An np.ndarray or a torch.Tensor; which one is decided by the caller and kept by every function.
 Array = Any
+Parameters = Mapping[str, Array]  # by name
 
 
 def namespace(x: Array) -> Any:

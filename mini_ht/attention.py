@@ -1,17 +1,17 @@
 """Attention, and the transformer's encoder and decoder: pure functions over arrays, bottom-up."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from mini_ht.arrays import Array, fused, namespace, relu
+from mini_ht.arrays import Array, Parameters, fused, namespace, relu
 from mini_ht.config import Config
 
 LAYER_NORM_EPS = 1e-6
 
 
-def dense(parameters: Mapping[str, Array], name: str, x: Array) -> Array:
+def dense(parameters: Parameters, name: str, x: Array) -> Array:
     """x W + b: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias] -> [..., outputs].
 
     Where there is no such b it is 0.
@@ -81,7 +81,7 @@ def split_heads(x: Array, heads: int) -> Array:
 
 
 def multi_head_attention(
-    parameters: Mapping[str, Array],
+    parameters: Parameters,
     name: str,
     x: Array,
     heads: int,
@@ -105,15 +105,13 @@ def multi_head_attention(
     return dense(parameters, f"{name}.output", joined)
 
 
-def feed_forward(parameters: Mapping[str, Array], name: str, x: Array, activation: str) -> Array:
+def feed_forward(parameters: Parameters, name: str, x: Array, activation: str) -> Array:
     """Two dense layers with an activation between them, token by token: [E, T, D] -> [E, T, D]."""
     hidden = activate(dense(parameters, f"{name}.inner", x), activation)
     return dense(parameters, f"{name}.outer", hidden)
 
 
-def _residual(
-    parameters: Mapping[str, Array], name: str, part: Callable[[Array], Array], x: Array, config: Config
-) -> Array:
+def _residual(parameters: Parameters, name: str, part: Callable[[Array], Array], x: Array, config: Config) -> Array:
     """x + part(norm(x)), or norm(x + part(x)), for x [E, T, D]; a part that is short gives only the first tokens."""
     pre, norm = config.encoder == "pre-norm", (parameters[f"{name}_gain"], parameters[f"{name}_offset"])
     added = part(layer_norm(x, *norm) if pre else x)  # [E, outputs, D]
@@ -122,13 +120,7 @@ def _residual(
 
 
 def encoder_layer(
-    parameters: Mapping[str, Array],
-    name: str,
-    x: Array,
-    config: Config,
-    mask: Array | None,
-    outputs: int,
-    memory: Array | None = None,
+    parameters: Parameters, name: str, x: Array, config: Config, mask: Array | None, outputs: int, memory: Array | None
 ) -> Array:
     """Attention, then the feed-forward part, each with a residual connection: [E, T, D] -> [E, outputs, D]."""
 
@@ -143,7 +135,7 @@ def encoder_layer(
 
 
 def encoder(
-    parameters: Mapping[str, Array],
+    parameters: Parameters,
     name: str,
     x: Array,
     config: Config,
@@ -162,7 +154,7 @@ def encoder(
     for number in range(config.layers):
         layer, count = f"{name}.layer{number}", outputs if number == config.layers - 1 else x.shape[1]
         if memory is not None:
-            x = encoder_layer(parameters, f"{layer}.own", x, config, None, count)
+            x = encoder_layer(parameters, f"{layer}.own", x, config, None, count, None)
         x = encoder_layer(parameters, layer, x, config, mask, count, memory)
     if config.encoder == "pre-norm":
         x = layer_norm(x, parameters[f"{name}.norm_gain"], parameters[f"{name}.norm_offset"])

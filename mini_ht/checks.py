@@ -1,9 +1,8 @@
 """Early, clear errors for support and query sets that do not fit the parameters."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from mini_ht.arrays import Array, namespace
+from mini_ht.arrays import Array, Parameters, namespace
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.parameters import parameter_table
@@ -12,7 +11,7 @@ KINDS = {"int": "integers (-1 for unlabelled)", "bool": "booleans"}
 
 
 def check_support(
-    parameters: Mapping[str, Array], config: Config, support: Array, labels: Array, mask: Array | None, values: bool
+    parameters: Parameters, config: Config, support: Array, labels: Array, mask: Array | None, values: bool
 ) -> None:
     """Raise InputError unless parameters fit the config, and the support set fits both; if asked, look at values."""
     for name, (shape, _) in parameter_table(config).items():

@@ -54,6 +54,7 @@ class Config:
     encoder: Literal["pre-norm", "post-norm"] = "pre-norm"  # Layer norm before or (released code) after each part
     activation: Literal["relu", "gelu"] = "relu"  # Activation of the feed-forward part
     shared_features: int = 32  # Width of the image features shared by all layers; 0 for none
+    shared_convs: Literal["strided", "pooled"] = "strided"  # Strided as in the released code, or pooled, normed
     taper: bool = False  # First two convs behind the shared features a quarter and a half as wide: cheaper
     local_features: int = 8  # Width of each conv that looks at a layer's own input activations; 0 for none
     allocation: Literal["output", "spatial"] = "output"  # A placeholder is an output channel or a kernel position
@@ -75,7 +76,8 @@ class Config:
     learning_rate: float = 2e-3  # Peak learning rate of AdamW
     conv_rate: float = 20.0  # The CNN's own convs, those that are not generated, learn as many times faster
     weight_decay: float = 0.01  # Decoupled weight decay of every matrix; vectors are left alone
-    warmup: float = 0.02  # Fraction of the training in which the learning rate rises; a cosine then takes it to zero
+    warmup: float = 0.02  # Fraction of the training in which the learning rate rises
+    decay: float = 1.0  # Last fraction of the training, in which a cosine takes it to zero
     clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
     label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # Images and activations of the convs; auto: by device
@@ -104,8 +106,9 @@ class Config:
             raise InputError(f"allocation 'spatial' has no slice for a channel's bias or norm: {wants}")
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
             raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
-        if not 0 <= self.shrink <= 1:
-            raise InputError(f"shrink is {self.shrink}; it must lie in [0, 1]")
+        for name in ("shrink", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.introduce and (self.vary or not self.unlabelled):
             came = f"introduce {self.introduce} came with unlabelled {self.unlabelled} and vary {self.vary}"
             raise InputError(f"{came}; wanted unlabelled above 0 and vary 0: change them, or set introduce to 0")
@@ -176,4 +179,4 @@ MOST: dict[str, float] = {
 }
 # Fields that older checkpoints lack, and what those were trained with.
 LATER: dict[str, Any] = {"vary": 0, "introduce": 0, "shrink": 0.9, "conv_rate": 1.0, "start": ""}
-LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False}
+LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False, "shared_convs": "strided", "decay": 1.0}

@@ -1,13 +1,14 @@
 """What a support image tells the transformer: features of the image itself, and of what a layer receives of it."""
 
-from collections.abc import Mapping
-
-from mini_ht.arrays import Array, as_floats, namespace, relu
+from mini_ht.arrays import Array, Parameters, as_floats, fused, namespace, relu
 from mini_ht.config import Config
-from mini_ht.kernels import conv2d
+from mini_ht.kernels import NORM_EPS, conv2d, conv_max_pool
 from mini_ht.plan import Layer, LocalConv
 
 SHARED_STRIDES = (2, 2, 2, 1)
+
+# Normed features would drown the class encodings, by which tokens of a class start to find each other.
+POOLED_SCALE = 0.3
 
 
 def shared_widths(config: Config) -> tuple[int, ...]:
@@ -18,9 +19,10 @@ def shared_widths(config: Config) -> tuple[int, ...]:
     return (max(1, width // 4), max(1, width // 2), width, width) if config.taper else (width,) * len(SHARED_STRIDES)
 
 
-def shared_features(parameters: Mapping[str, Array], config: Config, support: Array) -> Array:
-    """The image embedding s: four 3x3 convs 'same' with ReLU, then the mean over space.
+def shared_features(parameters: Parameters, config: Config, support: Array) -> Array:
+    """The image embedding s: four 3x3 convs 'same', then the mean over space.
 
+    Each conv is strided and followed by ReLU (released code), or by a max-pool, ReLU and a norm over the image's map.
     support [E, n, H, W, C] -> [E, n, shared features] (width 0 when the config asks for none).
     """
     episodes, images = support.shape[:2]
@@ -28,12 +30,25 @@ def shared_features(parameters: Mapping[str, Array], config: Config, support: Ar
         return support.reshape(episodes, images, -1)[..., :0]
     x = support.reshape(episodes * images, *support.shape[2:])  # [E * n, H, W, C]
     for number, stride in enumerate(SHARED_STRIDES):
-        name = f"shared.conv{number}"
-        x = relu(conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], stride, padding=1))
-    return as_floats(x.mean((1, 2)), parameters["shared.conv0.weight"]).reshape(episodes, images, -1)
+        weight, bias = (parameters[f"shared.conv{number}.{part}"] for part in ("weight", "bias"))
+        if config.shared_convs == "pooled":
+            x = normed(relu(conv_max_pool(x, weight, bias)))
+        else:
+            x = relu(conv2d(x, weight, bias, stride, padding=1))
+    means = as_floats(x.mean((1, 2)), weight).reshape(episodes, images, -1)
+    return POOLED_SCALE * means if config.shared_convs == "pooled" else means
 
 
-def local_features(parameters: Mapping[str, Array], layer: Layer, activations: Array) -> Array:
+def normed(x: Array) -> Array:
+    """Each image's map to mean 0 and variance 1: [B, h, w, C]."""
+    flat = x.reshape(len(x), -1)  # [B, h * w * C]
+    if torch_functions := fused(flat):
+        return torch_functions.layer_norm(flat, flat.shape[1:], eps=NORM_EPS).reshape(x.shape)
+    centred = flat - flat.mean(1, keepdims=True)
+    return (centred * ((centred * centred).mean(1, keepdims=True) + NORM_EPS) ** -0.5).reshape(x.shape)
+
+
+def local_features(parameters: Parameters, layer: Layer, activations: Array) -> Array:
     """The activation embedding h of one layer: each conv's output before its ReLU, averaged over space.
 
     activations [E, n, h, w, Cin] -> [E, n, sum of the convs' widths] (width 0 without local convs).

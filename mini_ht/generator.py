@@ -1,9 +1,8 @@
 """The HyperTransformer: from a support set to the weights of a CNN, layer by layer (paper, section 4.1)."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from mini_ht.arrays import Array, as_indices, namespace
+from mini_ht.arrays import Array, Parameters, as_indices, namespace
 from mini_ht.attention import encoder
 from mini_ht.checks import check_support
 from mini_ht.cnn import ConvLayer, GeneratedCNN
@@ -16,7 +15,7 @@ from mini_ht.tokens import placeholder_tokens, read_slices, slices_to_affine, sl
 
 
 def generate(
-    parameters: Mapping[str, Array],
+    parameters: Parameters,
     config: Config,
     support: Array,
     labels: Array,
@@ -74,7 +73,7 @@ def generate(
 
 
 def conv_weights(
-    parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Array | None
+    parameters: Parameters, config: Config, layer: Layer, x: Array, *support: Array | None
 ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
     """Weight [E, 3, 3, Cin, Cout] and bias of one conv layer: generated from its input activations x, or learned.
 
@@ -91,7 +90,7 @@ def conv_weights(
 
 
 def layer_tokens(
-    parameters: Mapping[str, Array], layer: Layer, x: Array, labels: Array, shared: Array, mask: Array | None
+    parameters: Parameters, layer: Layer, x: Array, labels: Array, shared: Array, mask: Array | None
 ) -> tuple[Array, Array | None]:
     """What one layer's transformer reads: placeholders, then support images, [E, placeholders + n, D].
 
@@ -106,7 +105,7 @@ def layer_tokens(
     return tokens, mask
 
 
-def generated_slices(parameters: Mapping[str, Array], config: Config, layer: Layer, x: Array, *support: Any) -> Array:
+def generated_slices(parameters: Parameters, config: Config, layer: Layer, x: Array, *support: Any) -> Array:
     """One layer's own transformer: activations x [E, n, h, w, Cin] -> slices [E, placeholders, slice length].
 
     support is (labels [E, n], shared features [E, n, width], mask [E, n] or None).

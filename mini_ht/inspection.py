@@ -71,7 +71,7 @@ def attention_maps(
         name = f"{layer}.generator.layer{index}"
         outputs = chosen.placeholders if index == config.layers - 1 else x.shape[1]
         weights.append(attention_weights(parameters, name, x, config, seen, outputs))
-        x = encoder_layer(parameters, name, x, config, seen, outputs)
+        x = encoder_layer(parameters, name, x, config, seen, outputs, None)
     return AttentionMaps(tuple(weights), chosen.placeholders, labels, mask)
 
 

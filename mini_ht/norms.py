@@ -1,8 +1,6 @@
 """Norm statistics of a support set, shrunk towards those of many training tasks."""
 
-from collections.abc import Mapping
-
-from mini_ht.arrays import Array, as_floats
+from mini_ht.arrays import Array, Parameters, as_floats
 from mini_ht.kernels import NORM_EPS
 
 Statistics = tuple[Array, Array]
@@ -16,7 +14,7 @@ def shrunk(own: Statistics, learned: Statistics, share: float) -> Statistics:
 
 
 def towards_learned(
-    parameters: Mapping[str, Array], name: str, share: float, x: Array, own: Statistics
+    parameters: Parameters, name: str, share: float, x: Array, own: Statistics
 ) -> tuple[Array, Statistics]:
     """A conv block's output [E, N, h, w, Cout] as it would be with shrunk statistics, and these.
 

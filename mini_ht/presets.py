@@ -30,7 +30,9 @@ def presets() -> dict[str, Config]:
             mine = {"episodes_per_step": 16, "mirror": True, "shift": 2, **best}
             name = f"omniglot-20way-{shot}shot-{channels}ch"
             table |= {name: dataclasses.replace(released, **mine), f"{name}-released": released}
-            table[f"{name}-logits"] = dataclasses.replace(table[name], generate="logits")
+            table[f"{name}-logits"] = dataclasses.replace(
+                table[name], generate="logits", shared_convs="pooled", learning_rate=4e-3, decay=0.3
+            )
     for channels in (8, 16):
         table[f"omniglot-any-{channels}ch"] = dataclasses.replace(table[f"omniglot-20way-1shot-{channels}ch"], vary=10)
     for shot in (1, 5):

@@ -1,8 +1,6 @@
 """What the transformer reads and writes: support tokens, placeholder tokens, and weight slices (paper, section 4.1)."""
 
-from collections.abc import Mapping
-
-from mini_ht.arrays import Array, namespace
+from mini_ht.arrays import Array, Parameters, namespace
 from mini_ht.config import Config
 from mini_ht.plan import KERNEL, Layer
 
@@ -14,7 +12,7 @@ def pad_width(x: Array, width: int) -> Array:
     return x if missing == 0 else xp.concat([x, xp.broadcast_to(0 * x[..., :1], (*x.shape[:-1], missing))], axis=-1)
 
 
-def support_tokens(parameters: Mapping[str, Array], layer: Layer, labels: Array, local: Array, shared: Array) -> Array:
+def support_tokens(parameters: Parameters, layer: Layer, labels: Array, local: Array, shared: Array) -> Array:
     """[xi(label) | local | shared | zeros] for each support image.
 
     Args:
@@ -31,14 +29,13 @@ def support_tokens(parameters: Mapping[str, Array], layer: Layer, labels: Array,
     return pad_width(tokens, layer.token_width)
 
 
-def placeholder_tokens(parameters: Mapping[str, Array], layer: Layer, episodes: int) -> Array:
+def placeholder_tokens(parameters: Parameters, layer: Layer, episodes: int) -> Array:
     """[mu(i) | zeros] for each weight slice i, the same in every episode: [E, placeholders, D]."""
-    mu = parameters[f"{layer.name}.mu"][None]  # [1, placeholders, d]
-    tokens = pad_width(mu, layer.token_width)
-    return namespace(mu).broadcast_to(tokens, (episodes, *tokens.shape[1:]))
+    tokens = pad_width(parameters[f"{layer.name}.mu"][None], layer.token_width)  # [1, placeholders, D]
+    return namespace(tokens).broadcast_to(tokens, (episodes, *tokens.shape[1:]))
 
 
-def read_slices(parameters: Mapping[str, Array], layer: Layer, config: Config, outputs: Array) -> Array:
+def read_slices(parameters: Parameters, layer: Layer, config: Config, outputs: Array) -> Array:
     """Weight slices from the transformer's outputs at the placeholders: [E, placeholders, D] -> [.., slice length]."""
     if config.readout == "slice":
         return outputs[..., config.encoding : config.encoding + layer.slice_length]
@@ -62,7 +59,7 @@ def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, 
     return weight, slices[..., length] if config.generate_bias else None
 
 
-def slices_to_affine(parameters: Mapping[str, Array], slices: Array, layer: Layer) -> tuple[Array, Array]:
+def slices_to_affine(parameters: Parameters, slices: Array, layer: Layer) -> tuple[Array, Array]:
     """What a conv layer's norm is scaled (by 1 + it) and shifted by, [E, Cout] each: its slices' last two numbers.
 
     Both come through a learned gate, which starts at 0 and leaves the norm as it is.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from strategies import configs, generic_parameters, permutations, seeds
 from tolerances import assert_close
 
-from mini_ht.features import SHARED_STRIDES, local_features, shared_features
+from mini_ht.features import POOLED_SCALE, SHARED_STRIDES, local_features, shared_features
+from mini_ht.kernels import NORM_EPS, conv_max_pool
 from mini_ht.plan import local_convs, plan
 
 
@@ -26,7 +27,7 @@ def channels_first(x):
     return torch.from_numpy(x.reshape(-1, *x.shape[2:])).permute(0, 3, 1, 2)
 
 
-@given(config=configs(shared_features=4), seed=seeds)
+@given(config=configs(shared_features=4, shared_convs="strided"), seed=seeds)
 def test_shared_features_are_four_convs_and_a_mean(library, config, seed):
     """Four 3x3 convs 'same', each with ReLU, of strides 2, 2, 2, 1; then the mean over space."""
     parameters, x = generic_parameters(config, seed), images_for(config.image_size, config.image_channels, seed)
@@ -35,6 +36,29 @@ def test_shared_features_are_four_convs_and_a_mean(library, config, seed):
         y = conv(y, parameters, f"shared.conv{number}", stride, 1).relu()
     found = shared_features(library.to(parameters), config, library.to(x))
     assert_close(found, y.mean((2, 3)).reshape(2, 3, 4))
+
+
+@given(seed=seeds, size=st.integers(1, 9), inputs=st.integers(1, 4))
+def test_conv_max_pool(library, seed, size, inputs):
+    """One weight for all images: conv 'same' and bias, then the largest of each 2x2; a map of one row is not pooled."""
+    shapes = (3, size, 5, inputs), (3, 3, inputs, 2), (2,)
+    x, weight, bias = (np.random.default_rng(seed).standard_normal(shape) for shape in shapes)
+    y = conv(channels_first(x[None]), {"c.weight": weight, "c.bias": bias}, "c", 1, 1)
+    wanted = (F.max_pool2d(y, 2) if size > 1 else y).permute(0, 2, 3, 1)
+    assert_close(conv_max_pool(*library.to((x, weight, bias))), wanted)
+
+
+@given(config=configs(shared_features=4, shared_convs="pooled"), seed=seeds)
+def test_pooled_features_are_four_normed_convs_and_a_mean(library, config, seed):
+    """Four 3x3 convs 'same', each with a max-pool where there is room, ReLU, and mean 0 and variance 1 for an image."""
+    parameters, x = generic_parameters(config, seed), images_for(config.image_size, config.image_channels, seed)
+    y = channels_first(x)
+    for number in range(4):
+        y = conv(y, parameters, f"shared.conv{number}", 1, 1)
+        y = (F.max_pool2d(y, 2) if y.shape[-1] > 1 else y).relu()
+        y = F.layer_norm(y, y.shape[1:], eps=NORM_EPS)
+    found = shared_features(library.to(parameters), config, library.to(x))
+    assert_close(found, POOLED_SCALE * y.mean((2, 3)).reshape(2, 3, 4))
 
 
 @given(config=configs(local_features=3, generate="all"), seed=seeds, data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mini_ht import InputError
+from mini_ht import Config, InputError, preset
 
 ROOT = Path(__file__).parents[1]
 OMNIGLOT = Path(os.environ.get("MINI_HT_OMNIGLOT", ROOT / "../shared/data/omniglot")).resolve()
@@ -71,32 +72,40 @@ def test_unlabelled_embeddings(tmp_path, monkeypatch, capsys):
 def test_rows_are_commands(tmp_path):
     """A row's name says what is trained, and a mistyped one is refused."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
-    hour = ["--minutes", "60", "--workers", "1"]
-    assert rows.training("1shot-8ch-logits") == ["train", "omniglot-20way-1shot-8ch-logits", *hour]
+    time = rows.TIMES["1"]
+    assert rows.training("1shot-8ch-logits") == ["train", "omniglot-20way-1shot-8ch-logits", *time]
     more = ["--split", "alphabet", "--seed", "1"]
-    assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *hour, *more]
-    quick = ["--episodes", rows.QUICK, "--workers", "1"]
+    assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *time, *more]
     start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
-    assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *quick, *start]
-    for name in ("1shot-8ch", "2shot-8ch-all", "1shot-7ch-all", "1shot-8ch-all-seed1-quick", "../1shot-8ch-all"):
+    assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.QUICK, *start]
+    wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all"
+    for name in wrong.split():
         with pytest.raises(InputError):
             rows.training(name)
 
 
 def test_the_table_of_rows_is_in_the_documents(tmp_path):
-    """docs/results.md holds the table as the script prints it from the folders."""
+    """docs/results.md has the table as the script prints it from the folders; each was trained as its command says."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
     rows.HERE = ROOT / "results/omniglot"
     assert rows.table() in (ROOT / "docs/results.md").read_text()
     for folder in sorted(rows.HERE.glob("*/")):
-        assert f"mini-ht {' '.join(rows.training(folder.name))} " in (folder / "command.txt").read_text()
+        _, name, *options = rows.training(folder.name)
+        assert f"mini-ht train {name} {' '.join(options)} " in (folder / "command.txt").read_text()
+        kept = json.loads((folder / "summary.json").read_text())["config"]
+        config = dataclasses.asdict(Config.from_json(json.dumps(kept)))
+        wanted = dataclasses.asdict(preset(name))
+        for option, value in zip(options[::2], options[1::2], strict=True):
+            if (field := option[2:].replace("-", "_")) not in ("workers", "start"):
+                wanted[field] = type(wanted[field])(value)
+        assert config | {"start": ""} == wanted
 
 
 @needs_omniglot
 def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     """Few episodes: its folder has what the table needs, a second run agrees with it, and a wrong figure is noticed."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
-    monkeypatch.setattr(rows, "QUICK", "32")
+    monkeypatch.setattr(rows, "QUICK", ["--episodes", "32", "--workers", "1"])
     monkeypatch.setattr(rows, "EPISODES", "32")
     monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
     row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)

@@ -75,16 +75,20 @@ def stop_at(monkeypatch):
     return arrange
 
 
-@given(warmup=st.floats(0.01, 0.5), peak=st.floats(1e-4, 1.0))
-def test_learning_rate(warmup, peak):
-    """The rate rises to its peak during the warm-up (from 0.1 % of it on), then only falls, and ends at 0."""
-    config = dataclasses.replace(CONFIG, warmup=warmup, learning_rate=peak)
+@given(warmup=st.floats(0.01, 0.5), decay=st.floats(0.05, 1.0), peak=st.floats(1e-4, 1.0))
+def test_learning_rate(warmup, decay, peak):
+    """The rate rises to its peak during the warm-up (from 0.1 % of it on), stays there, and at the end falls to 0."""
+    config = dataclasses.replace(CONFIG, warmup=warmup, decay=decay, learning_rate=peak)
+    begin = max(warmup, 1 - decay)
     rising = [learning_rate(config, done) for done in np.linspace(1e-3, warmup, 20, endpoint=False)]
-    falling = [learning_rate(config, done) for done in np.linspace(warmup, 1, 50)]
+    staying = [learning_rate(config, done) for done in np.linspace(warmup, begin, 10)]
+    falling = [learning_rate(config, done) for done in np.linspace(begin, 1, 50)]
     assert 0 < learning_rate(config, 0) == rising[0] and np.all(np.diff(rising) > 0) and rising[-1] < peak
+    assert staying == pytest.approx([peak] * 10)
     assert falling[0] == pytest.approx(peak) and np.all(np.diff(falling) < 0)
     assert falling[-1] == pytest.approx(0, abs=1e-12)
-    assert learning_rate(config, (1 + warmup) / 2) == pytest.approx(peak / 2)
+    assert learning_rate(config, (1 + begin) / 2) == pytest.approx(peak / 2)
+    assert learning_rate(dataclasses.replace(config, decay=0.0), 1.0) == peak
 
 
 def test_progress_and_average():

@@ -145,7 +145,7 @@ width = parameters[f"{name}.layer0.query"].shape[0]
 tokens = rng.standard_normal((1, 12, width))  # [E, T, D]
 
 hidden = feed_forward(parameters, f"{name}.layer0", tokens, config.activation)
-layer = encoder_layer(parameters, f"{name}.layer0", tokens, config, mask=None, outputs=12)
+layer = encoder_layer(parameters, f"{name}.layer0", tokens, config, mask=None, outputs=12, memory=None)
 print("one token of 12:", tokens.shape, "after a layer:", layer.shape, "its network alone:", hidden.shape)
 
 # %%

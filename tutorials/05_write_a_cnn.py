@@ -25,10 +25,18 @@ from mini_ht.attention import encoder, softmax
 from mini_ht.cnn import ConvLayer, GeneratedCNN, linear
 from mini_ht.datasets import open_dataset
 from mini_ht.episodes import sample
-from mini_ht.features import SHARED_STRIDES, local_features, mean_neighbourhood, shared_features, shared_widths
+from mini_ht.features import (
+    POOLED_SCALE,
+    SHARED_STRIDES,
+    local_features,
+    mean_neighbourhood,
+    normed,
+    shared_features,
+    shared_widths,
+)
 from mini_ht.generator import conv_weights, generate, generated_slices, layer_tokens, present_classes
 from mini_ht.inspection import attention_maps, spread
-from mini_ht.kernels import NORM_EPS, conv2d, conv_block
+from mini_ht.kernels import NORM_EPS, conv2d, conv_block, conv_max_pool
 from mini_ht.maps import draw_attention, draw_kernels, draw_plane
 from mini_ht.norms import towards_learned
 from mini_ht.parameters import draw_parameters, load_pretrained, to_numpy, to_torch
@@ -61,6 +69,18 @@ for number, stride in enumerate(SHARED_STRIDES):
     x = relu(conv2d(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"], stride, padding=1))
 shared = shared_features(parameters, config, support)  # [E, n, 8]
 assert np.array_equal(shared[0], x.mean((1, 2)))
+
+# %%
+# The Omniglot presets have ``shared_convs="pooled"``: each conv is followed by a max-pool and ReLU, and an image's map
+# is brought to mean 0 and variance 1. Such features learn faster (``docs/recipe.md``).
+
+pooled = dataclasses.replace(config, shared_convs="pooled")
+x = support[0]  # [n, H, W, C]
+for number in range(4):
+    name = f"shared.conv{number}"
+    x = normed(relu(conv_max_pool(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])))
+    print("after conv", number, x.shape, f"mean {x[0].mean():+.0e}, variance {x[0].var():.3f}")
+assert np.allclose(shared_features(parameters, pooled, support)[0], POOLED_SCALE * x.mean((1, 2)))
 
 # %%
 # The *local* features look at what a layer will receive: pixels for ``conv1``, the activations behind ``conv1`` for

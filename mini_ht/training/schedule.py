@@ -12,10 +12,11 @@ def progress(config: Config, episodes: int, seconds: float) -> float:
 
 
 def learning_rate(config: Config, done: float) -> float:
-    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017), at share `done` of the training."""
+    """Linear warm-up, the peak, half a cosine to zero (Loshchilov & Hutter 2017), at share `done` of the training."""
     if done < config.warmup:
         return config.learning_rate * max(done, 1e-3) / config.warmup
-    falling = (done - config.warmup) / max(1 - config.warmup, 1e-9)
+    begin = max(config.warmup, 1 - config.decay)
+    falling = max(0.0, done - begin) / max(1 - begin, 1e-9)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * falling))
 
 

@@ -5,9 +5,10 @@
     python results/omniglot/rows.py table
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, or the logits layer only. Behind that
-may stand quick (40,960 episodes in place of an hour), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots
-begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is kept in a
-folder of the row's name beside this file.
+may stand strided (logits only: with the recipe that these presets had before), quick (40,960 episodes in place of
+minutes), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots begin with the generator for one shot,
+trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name beside this
+file.
 """
 
 import argparse
@@ -27,10 +28,13 @@ from mini_ht.parameters import generator_size
 from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
-NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|logits)(-quick)?(-alphabet)?(-seed\d+)?")
-MINUTES = {"1": "60", "5": "20"}  # by shots, of one process on one core
-QUICK = "40960"  # counted in episodes, a row can be repeated
+NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|logits|logits-strided)(-quick)?(-alphabet)?(-seed\d+)?")
+TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
+QUICK = ["--episodes", "40960", "--workers", "1"]  # counted in episodes, a row can be repeated
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
+STRIDED = ["--shared-convs", "strided", "--decay", "1"]
+STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
+STRIDED_RATE = ["--learning-rate", "0.002"]
 RUNS = Path("runs/omniglot")
 EPISODES = "1000"
 WAYS = [(protocol, norm) for protocol in ("disjoint", "released") for norm in ("batch", "support")]
@@ -48,12 +52,14 @@ def training(row: str) -> list[str]:
     if not (found := NAME.fullmatch(row)):
         raise InputError(f"{row!r} is no row; wanted a name such as 1shot-8ch-logits or 5shot-16ch-all-alphabet-seed1")
     shot, channels, layers, quick, alphabet, seed = found.groups()
-    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
+    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("" if layers == "all" else "-logits")
     preset(name)
-    more = ["--episodes", QUICK] if quick else ["--minutes", MINUTES[shot]]
-    more += ["--workers", "1"]
+    strided = layers.endswith("strided")
+    more = [*QUICK] if quick else [*(STRIDED_TIMES if strided else TIMES)[shot]]
+    more += STRIDED if strided else []
     more += ["--split", "alphabet"] if alphabet else []
     more += ["--seed", seed[5:]] if seed else []
+    more += STRIDED_RATE if strided and shot == "1" else []
     more += ["--start", str(RUNS / f"1shot{row[5:]}"), *RATE] if shot == "5" else []
     return ["train", name, *more]
 

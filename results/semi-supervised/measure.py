@@ -27,6 +27,7 @@ from mini_ht.training.checkpoint import STATE
 from mini_ht.training.loop import train
 
 PRESET = "omniglot-20way-1shot-8ch-logits"
+RECIPE = {"shared_convs": "strided", "learning_rate": 2e-3, "decay": 1.0}  # the preset's own when this began
 EPISODES = 40_960  # of a training
 UNLABELLED, COUNTS = 9, (0, 1, 3, 5, 9)  # images a class, in training at most, and in the test
 TEST_EPISODES, QUERIES = 1000, 5
@@ -129,7 +130,7 @@ def main() -> None:
         draw(read(options.episodes), FIGURE)
     if options.table or options.figure:
         return
-    preset = dataclasses.replace(mini_ht.preset(PRESET), episodes=options.episodes)
+    preset = dataclasses.replace(mini_ht.preset(PRESET), episodes=options.episodes, **RECIPE)
     images = open_dataset(preset.dataset, options.data_dir, **preset.data)
     for seed in options.seeds:
         for layers in options.layers:
