@@ -106,9 +106,6 @@ class Config:
             raise InputError(f"allocation 'spatial' has no slice for a channel's bias or norm: {wants}")
         if not 0 <= self.ema < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.slope < 1:
             raise InputError("ema, label_smoothing and slope must each lie in [0, 1)")
-        for name in ("shrink", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.introduce and (self.vary or not self.unlabelled):
             came = f"introduce {self.introduce} came with unlabelled {self.unlabelled} and vary {self.vary}"
             raise InputError(f"{came}; wanted unlabelled above 0 and vary 0: change them, or set introduce to 0")
@@ -165,16 +162,18 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
     **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
     **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary", "introduce"], 0),
+    **dict.fromkeys(["shrink", "decay"], 0),
     "way": 2,
     "image_channels": 1,
     "conv_rate": 0.001,
     "key_width": 0.05,
     "value_width": 0.05,
 }
-# A checkpoint from elsewhere must not ask for more than a computer has.
+# A checkpoint from elsewhere must not ask for more than a computer has; shares end at 1.
 MOST: dict[str, float] = {
     **dict.fromkeys(["image_size", "channels", "shared_features", "local_features", "encoding"], 4096),
     **dict.fromkeys(["blocks", "layers", "heads", "image_channels", "key_width", "value_width", "inner_width"], 100),
+    **dict.fromkeys(["shrink", "decay"], 1),
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.

@@ -48,8 +48,7 @@ def generate(
         support, labels, mask = support[None], labels[None], None if mask is None else mask[None]
     shared = shared_features(parameters, config, support)  # [E, n, shared features]
     *conv_layers, logits_layer = plan(config)
-    convs = []
-    x = support
+    x, convs = support, list[ConvLayer]()
     for layer in conv_layers:
         weight, bias, affine = conv_weights(parameters, config, layer, x, labels, shared, mask)
         gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
