@@ -20,8 +20,9 @@ from mini_ht.files import write_atomically
 from mini_ht.memory import keep_freed_memory
 from mini_ht.support_folder import read_support
 
-BATCH = 16  # tasks that are adapted and written together; the first file is run before it is put in place, the others
-# are not: a fault in writing would show in every one
+# Tasks that are adapted and written together. Of their files only the first is run before it is put in place: a fault
+# in writing would show in every one.
+BATCH = 16
 WRITERS = 2  # files of a batch that wait for the disk at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
