@@ -54,7 +54,7 @@ class Config:
     encoder: Literal["pre-norm", "post-norm"] = "pre-norm"  # Layer norm before or (released code) after each part
     activation: Literal["relu", "gelu"] = "relu"  # Activation of the feed-forward part
     shared_features: int = 32  # Width of the image features shared by all layers; 0 for none
-    shared_convs: Literal["strided", "pooled"] = "strided"  # Their convs: strided (released code), or pooled and normed
+    shared_convs: Literal["strided", "pooled"] = "strided"  # Shared convs: strided as released, or pooled and normed
     taper: bool = False  # First two convs behind the shared features a quarter and a half as wide: cheaper
     local_features: int = 8  # Width of each conv that looks at a layer's own input activations; 0 for none
     allocation: Literal["output", "spatial"] = "output"  # A placeholder is an output channel or a kernel position
@@ -77,7 +77,7 @@ class Config:
     conv_rate: float = 20.0  # The CNN's own convs, those that are not generated, learn as many times faster
     weight_decay: float = 0.01  # Decoupled weight decay of every matrix; vectors are left alone
     warmup: float = 0.02  # Fraction of the training in which the learning rate rises
-    decay: float = 1.0  # Last fraction of the training, in which a cosine takes it to zero
+    decay: float = 1.0  # Last fraction of the training, in which the learning rate falls to zero by a cosine
     clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
     label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # Images and activations of the convs; auto: by device
