@@ -30,6 +30,7 @@ def presets() -> dict[str, Config]:
             mine = {"episodes_per_step": 16, "mirror": True, "shift": 2, **best}
             name = f"omniglot-20way-{shot}shot-{channels}ch"
             table |= {name: dataclasses.replace(released, **mine), f"{name}-released": released}
+            # Not measured where convs are generated (docs/recipe.md).
             table[f"{name}-logits"] = dataclasses.replace(
                 table[name], generate="logits", shared_convs="pooled", learning_rate=4e-3, decay=0.3
             )

@@ -92,17 +92,21 @@ def test_the_step_is_that_of_the_workers(clip):
     assert relative_error(step.state.vector, fresh_state(config, CPU).vector) > 1e-3
 
 
-def test_steps_of_different_shapes():
-    """With `vary` each step's loss and accuracy are those of the trainer that shares steps between cores."""
-    config = dataclasses.replace(CONFIG, way=4, vary=3)
+def shapes_of_equal_steps(config: Config, count: int, which: int) -> set[tuple[int, ...]]:
+    """Shapes of one input over steps whose loss and accuracy are those of the trainer that shares steps."""
     trainer, step = Trainer(config, IMAGES["train"], 1), device_step(config)
     shapes = set()
-    for _ in range(6):
+    for _ in range(count):
         assert take(step, 1e-3)[:2] == pytest.approx(trainer.step(1e-3)[:2], rel=1e-5)
-        shapes.add(tuple(step.inputs[2].shape))
+        shapes.add(tuple(step.inputs[which].shape))
         for name in VECTORS:
             getattr(step.state, name).copy_(getattr(trainer.state, name))
-    assert len(shapes) > 2
+    return shapes
+
+
+def test_steps_of_different_shapes():
+    """With `vary` steps have different shapes, and are the trainer's."""
+    assert len(shapes_of_equal_steps(dataclasses.replace(CONFIG, way=4, vary=3), 6, 2)) > 2
 
 
 def test_a_step_on_hold_or_without_a_number_changes_nothing():
