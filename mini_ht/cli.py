@@ -228,16 +228,18 @@ def flush() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0, 1 if some of many tasks failed, 2 for input that can be corrected, 130 after Ctrl-C.
+    0, 1 if some of many tasks failed, 2 for input that can be corrected, 130 after Ctrl-C, 141 where the reader of
+    what is printed, such as `head`, has seen enough.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
     try:
-        code = run(arguments[0], arguments[1:])
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            code = 0
+        else:
+            code = run(arguments[0], arguments[1:])
         flush()
         return code
     except InputError as error:
@@ -246,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"mini-ht: {error.name} is not installed; run: pip install 'mini_ht[train]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # those of workers and requests never come here
+        with suppress(OSError):
+            sys.stdout.close()  # what it still holds would be tried again
+        return 141
     except OSError as error:
         print(f"mini-ht: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The quick tests with the oldest declared versions and with the newest, for each Python 3.10 .. 3.13 that runs here:
+# The quick tests with other versions, for each Python 3.10 .. 3.13 that runs here:
 #
-#     tests/compatibility.sh [oldest] [newest]
+#     tests/compatibility.sh [oldest] [triton] [newest]
 #
-# A set of versions that some Python cannot have is named and left out. PIP_INDEX_URL and the like choose the registry;
-# without a torch for CPUs alone in it, gigabytes are fetched.
+# oldest: the oldest declared of everything but triton, which a torch for CUDA of that age has in its own version;
+# triton: the oldest declared triton, with the newest torch that takes it. A set that some Python cannot have is named
+# and left out. PIP_INDEX_URL and the like choose the registry; without a torch for CPUs alone in it, each set fetches
+# gigabytes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 names="attention cnn config constructions datasets episodes evaluation features generator kernels parameters tokens"
-names+=" training triton"
+names+=" training"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 declared=$(grep -oE '"(numpy|pillow|safetensors|torch|triton)>=[0-9.]+' pyproject.toml | tr -d '"' | sort -u)
@@ -17,9 +19,14 @@ failed=""
 for minor in 10 11 12 13; do
   python=python3.$minor
   $python -c "" 2>/dev/null || { echo "$python: not here"; continue; }
-  for kind in ${*:-oldest newest}; do
-    wanted=$declared
-    [ "$kind" = newest ] || wanted=$(sed -E 's/>=(.*)/==\1.*/' <<< "$declared")
+  for kind in ${*:-oldest triton newest}; do
+    tests="$names triton"
+    case $kind in
+      oldest) wanted=$(sed -E '/^triton/d; s/>=(.*)/==\1.*/' <<< "$declared") tests=$names ;;
+      triton) wanted=$(sed -E '/^triton/s/>=(.*)/==\1.*/' <<< "$declared") ;;
+      newest) wanted=$declared ;;
+      *) echo "$kind: wanted oldest, triton or newest" >&2; exit 2 ;;
+    esac
     home=$work/$minor-$kind
     $python -m venv "$home"
     pip="$home/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all:"
@@ -34,7 +41,7 @@ for minor in 10 11 12 13; do
     echo "$python $kind: $("$home"/bin/python -m pip freeze | grep -iE '^(numpy|pillow|safetensors|torch|triton)=' | xargs)"
     # Old versions warn of what newer ones changed; that is no failure.
     # shellcheck disable=SC2086
-    "$home"/bin/python -m pytest -q -p no:cacheprovider -W default $(printf 'tests/test_%s.py ' $names) \
+    "$home"/bin/python -m pytest -q -p no:cacheprovider -W default $(printf 'tests/test_%s.py ' $tests) \
       || failed+=" $minor-$kind"
     rm -rf "$home"
   done

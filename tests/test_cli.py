@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -223,6 +226,19 @@ def bad(*words, contains=()):
 RUN = "RUN"  # stands for the trained run's folder
 FRESH = ("train", "quickstart", *TINY, "--run-dir", "new")
 MEASURE = ("evaluate", RUN, "--episodes", "5")
+
+
+def test_a_reader_that_has_seen_enough():
+    """`mini-ht presets | head -1` ends without a word, whether each line is written at once or all of them at the end."""
+    for command, unbuffered in itertools.product(([], ["presets"]), ("", "1")):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as pipe:
+            words, env = [sys.executable, "-m", "mini_ht", *command], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            ended = subprocess.run(words, env=env, stdout=pipe, stderr=subprocess.PIPE)
+        assert ended.returncode == 141 and ended.stderr == b""
+
+
 OMNIGLOT = ("train", "omniglot-20way-1shot-8ch", "--run-dir", "new", "--data-dir")
 
 

@@ -78,6 +78,10 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *time, *more]
     start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
     assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.QUICK, *start]
+    longer = ["--minutes", "130", "--workers", "1", "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-seed1"]
+    assert rows.training("1shot-8ch-logits-long-seed1")[2:] == longer
+    more = ["--start", "runs/omniglot/1shot-8ch-logits-long", *rows.RATE]
+    assert rows.training("5shot-8ch-logits-long")[2:] == [*rows.TIMES["5"], *more]
     wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all"
     for name in wrong.split():
         with pytest.raises(InputError):
