@@ -226,19 +226,6 @@ def bad(*words, contains=()):
 RUN = "RUN"  # stands for the trained run's folder
 FRESH = ("train", "quickstart", *TINY, "--run-dir", "new")
 MEASURE = ("evaluate", RUN, "--episodes", "5")
-
-
-def test_a_reader_that_has_seen_enough():
-    """`mini-ht presets | head -1` ends without a word, whether each line is written at once or all of them at the end."""
-    for command, unbuffered in itertools.product(([], ["presets"]), ("", "1")):
-        read, write = os.pipe()
-        os.close(read)
-        with os.fdopen(write, "wb") as pipe:
-            words, env = [sys.executable, "-m", "mini_ht", *command], os.environ | {"PYTHONUNBUFFERED": unbuffered}
-            ended = subprocess.run(words, env=env, stdout=pipe, stderr=subprocess.PIPE)
-        assert ended.returncode == 141 and ended.stderr == b""
-
-
 OMNIGLOT = ("train", "omniglot-20way-1shot-8ch", "--run-dir", "new", "--data-dir")
 
 
@@ -306,3 +293,14 @@ def test_read_only_folder(call, tmp_path):
     """A folder that cannot be written to is named."""
     (tmp_path / "locked").mkdir(mode=0o500)
     refused(call("train", "quickstart", *TINY, "--run-dir", "locked/run"), "locked", "Permission denied")
+
+
+def test_a_reader_that_has_seen_enough():
+    """`mini-ht presets | head -1` ends without a word, whether lines are written at once or all in the end."""
+    for command, unbuffered in itertools.product(([], ["presets"]), ("", "1")):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as pipe:
+            words, env = [sys.executable, "-m", "mini_ht", *command], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            ended = subprocess.run(words, env=env, stdout=pipe, stderr=subprocess.PIPE)
+        assert ended.returncode == 141 and ended.stderr == b""
