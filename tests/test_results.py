@@ -76,6 +76,8 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-8ch-logits") == ["train", "omniglot-20way-1shot-8ch-logits", *time]
     more = ["--split", "alphabet", "--seed", "1"]
     assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *time, *more]
+    some = ["train", "omniglot-20way-1shot-4ch", *rows.QUICK, "--generate", "last2"]
+    assert rows.training("1shot-4ch-last2-quick") == some
     start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
     assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.QUICK, *start]
     longer = ["--minutes", "130", "--workers", "1", "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-seed1"]

@@ -4,11 +4,12 @@
     python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py table
 
-A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, or the logits layer only. Behind that
-may stand strided (logits only: with the recipe that these presets had before), quick (40,960 episodes in place of
-minutes) or long (130 more minutes for the generator of the row without that word, trained before), alphabet (Lake's
-split) and seedS, in this order. Rows of 5 shots begin with the generator for one shot, trained before. A run goes on
-where it was stopped; what is measured is kept in a folder of the row's name beside this file.
+A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the
+logits layer) or logits. Behind that may stand strided (logits only: with the recipe that these presets had before),
+quick (40,960 episodes in place of minutes) or long (130 more minutes for the generator of the row without that word,
+trained before), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots begin with the generator for one
+shot, trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name
+beside this file.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mini_ht.parameters import generator_size
 from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
-NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|logits|logits-strided)(-quick|-long)?(-alphabet)?(-seed\d+)?")
+NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(-quick|-long)?(-alphabet)?(-seed\d+)?")
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 QUICK = ["--episodes", "40960", "--workers", "1"]  # counted in episodes, a row can be repeated
 LONG = ["--minutes", "130", "--workers", "1"]
@@ -53,12 +54,13 @@ def training(row: str) -> list[str]:
     if not (found := NAME.fullmatch(row)):
         raise InputError(f"{row!r} is no row; wanted a name such as 1shot-8ch-logits or 5shot-16ch-all-alphabet-seed1")
     shot, channels, layers, length, alphabet, seed = found.groups()
-    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("" if layers == "all" else "-logits")
+    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers.startswith("logits") else "")
     preset(name)
     strided, longer = layers.endswith("strided"), length == "-long" and shot == "1"
     more = [*QUICK] if length == "-quick" else [*(STRIDED_TIMES if strided else TIMES)[shot]]
     more = [*LONG] if longer else more
     more += STRIDED if strided else []
+    more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     more += ["--seed", seed[5:]] if seed else []
     more += STRIDED_RATE if strided and shot == "1" else []
