@@ -1,8 +1,8 @@
-"""Presets, named after the rows of the paper's tables; the suffix -released takes the sizes of the released code.
+"""Presets, named after the rows of the paper's tables; the suffix -released takes the released code's sizes and recipe.
 
 With the suffix -logits only the logits layer is generated, and the convs are learned, the same for every task.
 
-A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 images each.
+A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 images each, by the recipe before.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def presets() -> dict[str, Config]:
     # Read-out through a linear map lets features be wider than the slices ask for (docs/recipe.md).
     best: dict[str, Any] = {"readout": "linear", "layers": 2}
     best |= {"shared_features": 64, "taper": True, "local_features": 16}
-    pooled: dict[str, Any] = {"shared_convs": "pooled", "learning_rate": 4e-3, "decay": 0.3}  # measured on Omniglot
+    pooled: dict[str, Any] = {"shared_convs": "pooled", "learning_rate": 4e-3, "decay": 0.3}  # measured at 8 channels
     table = {QUICKSTART: Config(way=5, queries=5, dataset="glyphs", minutes=1.8, **best)}
     for shot in (1, 5):
         for channels in (4, 6, 8, 16, 32, 48, 64):

@@ -258,6 +258,8 @@ def test_a_training_begins_with_another_generator(tmp_path):
     second, config = load(tmp_path / "second")
     assert config.start == str(tmp_path / "first")
     assert all(np.array_equal(second[name], first[name]) for name in parameter_table(CONFIG))
+    with pytest.raises(InputError, match=r"cannot start there: slope is 0.0 in .* and 0.5 in .*; set slope to 0.0"):
+        fresh_state(dataclasses.replace(later, slope=0.5), CPU)
     with pytest.raises(InputError, match=r"cannot start there: .* has \[.* start from a generator of the same"):
         fresh_state(dataclasses.replace(later, channels=3), CPU)
     with pytest.raises(InputError, match=r"conv1\.weight is missing in"):

@@ -71,7 +71,7 @@ shared = shared_features(parameters, config, support)  # [E, n, 8]
 assert np.array_equal(shared[0], x.mean((1, 2)))
 
 # %%
-# The Omniglot presets have ``shared_convs="pooled"``: each conv is followed by a max-pool and ReLU, and an image's map
+# Most Omniglot presets have ``shared_convs="pooled"``: each conv is followed by a max-pool and ReLU, and an image's map
 # is brought to mean 0 and variance 1. Such features learn faster (``docs/recipe.md``).
 
 pooled = dataclasses.replace(config, shared_convs="pooled")

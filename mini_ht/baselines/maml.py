@@ -3,8 +3,8 @@
 The CNN is the one that a HyperTransformer generates. The inner loop takes `steps` gradient steps on the cross-entropy
 of the labelled support images, for all episodes of a batch at once, and for all weights but those of the norms. MAML++
 adds an inner learning rate for each layer and step, norm scales and offsets for each step, an outer loss after every
-step with shares that move to the last one, and first derivatives only at the start. The outer rate's cosine they share
-with the HyperTransformer.
+step with shares that move to the last one, and first derivatives only at the start. The outer rate warms up and falls
+by a cosine.
 
 Norm statistics are those of the images and weights at hand. (MAML++ keeps running ones for each step, too, but its
 authors' code normalises with those of the batch, also in evaluation.) In the inner loop support images are normalised

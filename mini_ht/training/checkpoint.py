@@ -18,6 +18,8 @@ from mini_ht.training.flat import Layout
 STATE = "training.safetensors"
 FIGURES = ("step", "seconds", "loss", "accuracy")
 VECTORS = ("vector", "average", "first_moment", "second_moment")
+# What parameters mean, where their shapes do not tell.
+KINDS = "slope generator heads attention encoder activation shared_convs allocation readout".split()
 
 
 @dataclass
@@ -41,11 +43,16 @@ class State:
 def fresh_state(config: Config, device: torch.device) -> State:
     """The start of a training: moments at zero, parameters from the config's seed, or of the generator `config.start`.
 
-    Raises InputError where that generator cannot be read, or has other sizes.
+    Raises InputError where that generator cannot be read, or has other sizes or kinds of parts.
     """
     layout, parameters = Layout(config), draw_parameters(config, config.seed)
     if config.start:
-        parameters = dict(open_generator(config.start).parameters)
+        generator = open_generator(config.start)
+        parameters = dict(generator.parameters)
+        for kind in KINDS:
+            if (theirs := getattr(generator.config, kind)) != (ours := getattr(config, kind)):
+                why = f"{kind} is {theirs!r} in {config.start} and {ours!r} in this config"
+                raise InputError(f"cannot start there: {why}; set {kind} to {theirs!r}, or start elsewhere")
         for name, shape in layout.shapes.items():
             if name not in parameters or parameters[name].shape != shape:
                 has = f"has {list(parameters[name].shape)}" if name in parameters else "is missing"

@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for channels in options.channels:
         config = preset(f"omniglot-20way-5shot-{channels}ch")
-        config = dataclasses.replace(config, learning_rate=options.learning_rate)
+        config = dataclasses.replace(config, learning_rate=options.learning_rate, decay=1.0)
         images = open_dataset(config.dataset, options.data_dir, **config.data)
         for part in options.parts:
             start, setting = time.process_time(), (part, channels, options.tasks, options.steps, options.learning_rate)
