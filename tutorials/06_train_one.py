@@ -306,7 +306,8 @@ assert score.accuracy - score.interval > (0.85 if omniglot else 0.5)
 
 # %%
 # At full size, with the data at hand: three minutes of that generator's recipe in one process. The cosine follows the
-# time that it is given: its rate reaches zero after three minutes, not after forty. We saw 79.9 +- 0.4 % after 9,552 tasks.
+# time that it is given: its rate reaches zero after three minutes, not after forty. We saw 79.9 +- 0.4 % after 9,552
+# tasks.
 
 if full and omniglot:
     short = dataclasses.replace(their_config, minutes=3.0)
