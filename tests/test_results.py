@@ -76,10 +76,10 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-8ch-logits") == ["train", "omniglot-20way-1shot-8ch-logits", *time]
     more = ["--split", "alphabet", "--seed", "1"]
     assert rows.training("1shot-64ch-all-alphabet-seed1") == ["train", "omniglot-20way-1shot-64ch", *time, *more]
-    some = ["train", "omniglot-20way-1shot-4ch", *rows.QUICK, "--generate", "last2"]
+    some = ["train", "omniglot-20way-1shot-4ch", *rows.LENGTHS["quick"], "--generate", "last2"]
     assert rows.training("1shot-4ch-last2-quick") == some
     start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
-    assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.QUICK, *start]
+    assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.LENGTHS["quick"], *start]
     longer = ["--minutes", "130", "--workers", "1", "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-seed1"]
     assert rows.training("1shot-8ch-logits-long-seed1")[2:] == longer
     more = ["--start", "runs/omniglot/1shot-8ch-logits-long", *rows.RATE]
@@ -111,7 +111,7 @@ def test_the_table_of_rows_is_in_the_documents(tmp_path):
 def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     """Few episodes: its folder has what the table needs, a second run agrees with it, and a wrong figure is noticed."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
-    monkeypatch.setattr(rows, "QUICK", ["--episodes", "32", "--workers", "1"])
+    monkeypatch.setitem(rows.LENGTHS, "quick", ["--episodes", "32", "--workers", "1"])
     monkeypatch.setattr(rows, "EPISODES", "32")
     monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
     row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)

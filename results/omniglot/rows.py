@@ -6,10 +6,10 @@
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the
 logits layer) or logits. Behind that may stand strided (logits only: with the recipe that these presets had before),
-quick (40,960 episodes in place of minutes) or long (130 more minutes for the generator of the row without that word,
-trained before), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots begin with the generator for one
-shot, trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name
-beside this file.
+quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores) or long (130 more minutes for the
+generator of the row without that word, trained before), alphabet (Lake's split) and seedS, in this order. Rows of 5
+shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is
+kept in a folder of the row's name beside this file.
 """
 
 import argparse
@@ -29,10 +29,15 @@ from mini_ht.parameters import generator_size
 from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
-NAME = re.compile(r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(-quick|-long)?(-alphabet)?(-seed\d+)?")
+NAME = re.compile(
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(?:-(quick|short|long))?(-alphabet)?(-seed\d+)?"
+)
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
-QUICK = ["--episodes", "40960", "--workers", "1"]  # counted in episodes, a row can be repeated
-LONG = ["--minutes", "130", "--workers", "1"]
+LENGTHS = {
+    "quick": ["--episodes", "40960", "--workers", "1"],  # counted in episodes, a row can be repeated
+    "short": ["--minutes", "7.5", "--workers", "2"],
+    "long": ["--minutes", "130", "--workers", "1"],  # more than the row without this word has had
+}
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
@@ -56,9 +61,9 @@ def training(row: str) -> list[str]:
     shot, channels, layers, length, alphabet, seed = found.groups()
     name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers.startswith("logits") else "")
     preset(name)
-    strided, longer = layers.endswith("strided"), length == "-long" and shot == "1"
-    more = [*QUICK] if length == "-quick" else [*(STRIDED_TIMES if strided else TIMES)[shot]]
-    more = [*LONG] if longer else more
+    strided, longer = layers.endswith("strided"), length == "long" and shot == "1"
+    usual = (STRIDED_TIMES if strided else TIMES)[shot]
+    more = [*(LENGTHS[length] if length in ("quick", "short") or longer else usual)]
     more += STRIDED if strided else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
