@@ -1,8 +1,8 @@
-"""Presets, named after the rows of the paper's tables; the suffix -released takes the released code's sizes and recipe.
+"""Presets, named after the rows of the paper's tables; the suffix -released takes the released code's sizes.
 
 With the suffix -logits only the logits layer is generated, and the convs are learned, the same for every task.
 
-A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 images each, by the recipe before.
+A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 images each.
 """
 
 import dataclasses
