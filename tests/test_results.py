@@ -90,6 +90,20 @@ def test_rows_are_commands(tmp_path):
             rows.training(name)
 
 
+@needs_omniglot
+def test_a_row_whose_start_is_missing(tmp_path, monkeypatch, capfd):
+    """A row that begins with another one says so where that is not trained, without a traceback."""
+    rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sys, "argv", ["rows.py", "run", "1shot-4ch-logits-long", "--data-dir", str(OMNIGLOT)])
+    with pytest.raises(SystemExit) as ended:
+        rows.main()
+    text = capfd.readouterr().err
+    assert ended.value.code == 2 and "no checkpoint runs/omniglot/1shot-4ch-logits" in text and "Traceback" not in text
+    assert not (tmp_path / "1shot-4ch-logits-long").exists()
+
+
 def test_the_table_of_rows_is_in_the_documents(tmp_path):
     """docs/results.md has the table as the script prints it from the folders; each was trained as its command says."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)

@@ -161,11 +161,14 @@ def main() -> None:
             training(row)
     except InputError as error:
         parser.error(str(error))
-    for row in options.rows:
-        if options.what == "run":
-            run(row, options.data_dir, RUNS / row)
-        else:
-            print(check(row, options.data_dir))
+    try:
+        for row in options.rows:
+            if options.what == "run":
+                run(row, options.data_dir, RUNS / row)
+            else:
+                print(check(row, options.data_dir))
+    except subprocess.CalledProcessError as error:  # the command has said why
+        raise SystemExit(error.returncode) from None
 
 
 if __name__ == "__main__":
