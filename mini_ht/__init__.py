@@ -9,9 +9,10 @@ from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.parameters import draw_parameters, load, load_pretrained, save, to_numpy, to_torch
 from mini_ht.presets import preset, presets
+from mini_ht.views import generate_from_views
 
-__all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "load", "load_pretrained"]
-__all__ += ["preset", "presets", "save", "to_numpy", "to_torch"]
+__all__ = ["Config", "GeneratedCNN", "InputError", "draw_parameters", "generate", "generate_from_views", "load"]
+__all__ += ["load_pretrained", "preset", "presets", "save", "to_numpy", "to_torch"]
 __all__ += ["HyperTransformerClassifier", "load_classifier"]
 __version__ = "0.1.0"
 

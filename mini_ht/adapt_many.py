@@ -53,6 +53,7 @@ class Order:
     polarity: str = "auto"
     force: bool = False
     precision: str = "float32"
+    views: int = 1
 
     def target(self, folder: Path) -> Path:
         """Where a support folder's classifier goes."""
@@ -140,7 +141,7 @@ def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> 
         outcome.warnings += warnings
     if not tasks:
         return outcome
-    classifiers = adapt(generator, tasks, order.preprocess, order.polarity)
+    classifiers = adapt(generator, tasks, order.preprocess, order.polarity, order.views)
     with ThreadPoolExecutor(WRITERS) as pool:  # the disk confirms a file while the next ones are built
         writings: list[tuple[Path, Future[None]]] = []
         for folder, task, classifier in zip(good, tasks, classifiers, strict=True):

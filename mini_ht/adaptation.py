@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.folded import fold
-from mini_ht.generator import generate
 from mini_ht.parameters import PRETRAINED, checkpoint_path, load, load_pretrained
 from mini_ht.task_classifier import TaskClassifier, class_array
+from mini_ht.views import check_views, generate_from_views
 
 PASS = 8  # tasks that share a pass of the generator
 
@@ -82,25 +82,27 @@ def open_generator(checkpoint: Any) -> Generator:
 
 
 def adapt(
-    generator: Generator, tasks: Sequence[Task], preprocess: str = "ink", polarity: str = "auto"
+    generator: Generator, tasks: Sequence[Task], preprocess: str = "ink", polarity: str = "auto", views: int = 1
 ) -> list[TaskClassifier]:
     """The classifier of each task, with norm "support": it classifies one image alone.
 
     Tasks of one size share a pass of the generator, which computes each for itself: a classifier is the same to the
     last bit, whichever others are made with it. preprocess and polarity say how the images were prepared, and those to
-    come will be.
+    come will be. views: at how many places the generator sees each image, see `generate_from_views`.
 
-    Raises InputError for a task of one class, of more classes than the generator serves, or with an empty class.
+    Raises InputError for a task of one class, of more classes than the generator serves, or with an empty class;
+    for a number of views other than 1, 5 or 9.
     """
+    check_views(views)
     for task in tasks:
         _check(task, generator.config.way)
     config = dataclasses.replace(generator.config, norm="support")
-    origin = provenance(generator)
+    origin = provenance(generator) | {"views": str(views)}
     classifiers: dict[int, TaskClassifier] = {}
     for numbers in _equal_sizes(tasks):
         support = np.stack([tasks[k].images for k in numbers])  # [E, n, H, W, C]
         labels = np.stack([tasks[k].labels for k in numbers])  # [E, n]
-        cnn = generate(generator.parameters, config, support, labels, impl="reference")
+        cnn = generate_from_views(generator.parameters, config, support, labels, views=views, impl="reference")
         for row, number in enumerate(numbers):
             task = tasks[number]
             classifiers[number] = TaskClassifier(

@@ -24,6 +24,8 @@ class HyperTransformerClassifier:
         checkpoint: the name of a pretrained generator, a run folder or checkpoint file, or (parameters, config).
         preprocess: "ink" takes photos and drawings of any size; "none" takes images as the generator reads them.
         polarity: of ink: "dark" on light, "light" on dark, or "auto"; see `mini_ht.ink.to_ink`.
+        views: at how many places the generator sees each labelled image, 1, 5 or 9: with more, the classifier is a
+            little better and takes as many times longer to write.
 
     Images are a list of paths or arrays, or one array [n, H, W] or [n, H, W, C]; see `mini_ht.ink.Source`. After `fit`,
     `classes_` [way] holds the classes, and `task_` is the classifier that `export` writes.
@@ -31,10 +33,13 @@ class HyperTransformerClassifier:
 
     _estimator_type = "classifier"
 
-    def __init__(self, checkpoint: Any = "omniglot", preprocess: str = "ink", polarity: str = "auto") -> None:
+    def __init__(
+        self, checkpoint: Any = "omniglot", preprocess: str = "ink", polarity: str = "auto", views: int = 1
+    ) -> None:
         self.checkpoint = checkpoint
         self.preprocess = preprocess
         self.polarity = polarity
+        self.views = views
 
     def fit(self, X: Sequence[Any] | NDArray[Any], y: Sequence[Any] | NDArray[Any]) -> HyperTransformerClassifier:
         """Write the CNN for these labelled images.
@@ -56,7 +61,7 @@ class HyperTransformerClassifier:
             one, other = pairs[0]
             what = f"images {one} and {other} are equal, and their classes are not ({len(pairs)} such pairs)"
             warnings.warn(what, stacklevel=2)
-        (self.task_,) = adapt(generator, [Task(images, labels, classes)], self.preprocess, self.polarity)
+        (self.task_,) = adapt(generator, [Task(images, labels, classes)], self.preprocess, self.polarity, self.views)
         self.support_ = images
         self.classes_ = self.task_.classes_
         return self

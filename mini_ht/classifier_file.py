@@ -109,7 +109,7 @@ def _classifier(run: Run, found: Mapping[str, str]) -> TaskClassifier:
         raise ValueError("its numbers are not finite")
     if logits.shape != (1, len(classes)):
         raise ValueError(f"it has {len(classes)} classes and {logits.shape[-1]} logits")
-    known = ("program", "generator", "config", "weights", "norm", "support")
+    known = ("program", "generator", "config", "weights", "norm", "views", "support")
     provenance = {name: found[name] for name in known if name in found}
     return TaskClassifier(run, classes, shape, wanted["kind"], wanted["polarity"], provenance)
 

@@ -24,6 +24,9 @@ Precision = Annotated[
     Literal["float32", "float16", "int8"], arg(help="Of the numbers in the file: fewer bits, a smaller file.")
 ]
 Preprocess = Annotated[Literal["ink", "none"], arg(help="ink: from photos and drawings; none: images as they are.")]
+Views = Annotated[
+    Literal[1, 5, 9], arg(help="Places at which images are seen: with more, better classifiers that take longer.")
+]
 Polarity = Annotated[Literal["auto", "dark", "light"], arg(help="Of ink: dark on light, or light on dark.")]
 
 
@@ -38,6 +41,7 @@ class Adapt:
     precision: Precision = "float32"
     preprocess: Preprocess = "ink"
     polarity: Polarity = "auto"
+    views: Views = 1
 
 
 @dataclass
@@ -76,6 +80,7 @@ class AdaptMany:
     precision: Precision = "float32"
     preprocess: Preprocess = "ink"
     polarity: Polarity = "auto"
+    views: Views = 1
 
 
 def adapt(options: Adapt) -> None:
@@ -90,7 +95,7 @@ def adapt(options: Adapt) -> None:
     task, warnings = read_support(options.support, generator.image_shape, generator.config.way, *choice)
     for warning in warnings:
         print(f"mini-ht: warning: {warning}", file=sys.stderr)
-    (classifier,) = adapt(generator, [task], *choice)
+    (classifier,) = adapt(generator, [task], *choice, options.views)
     report = export(classifier, options.out, task.images, force=options.force, precision=options.precision)
     print(
         f"{report.path}: {len(task.classes)} classes from {len(task.labels)} images, {report.size:,} bytes; "
@@ -162,7 +167,7 @@ def adapt_many(options: AdaptMany) -> int:
 
     order = Order(
         options.checkpoint, options.out, f".{options.format}", options.preprocess, options.polarity, options.force,
-        options.precision,
+        options.precision, options.views,
     )  # fmt: skip
     total = Outcome()
     number, count = rank()

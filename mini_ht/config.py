@@ -79,7 +79,7 @@ class Config:
     warmup: float = 0.02  # Fraction of the training in which the learning rate rises
     decay: float = 1.0  # Last fraction of the training, in which the learning rate falls to zero by a cosine
     clip: float = 1.0  # Largest norm of the gradient; longer ones are shortened to it
-    label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes
+    label_smoothing: float = 0.0  # Share of the target probability spread evenly over the classes that are there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # Images and activations of the convs; auto: by device
     ema: float = 0.998  # Decay a step of the average of the parameters, which is evaluated and saved; 0 for none
     seed: int = 0  # Seed of initialisation and episodes

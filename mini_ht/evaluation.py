@@ -14,7 +14,7 @@ from mini_ht.config import Config, Norm
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
 from mini_ht.errors import InputError
-from mini_ht.generator import generate
+from mini_ht.views import generate_from_views
 
 EVALUATION_STREAM = 2  # keeps evaluation episodes apart from training episodes of the same seed
 QUERIES = 5  # a class; as many as in the released evaluation, whose query batches hold 100 images
@@ -54,17 +54,23 @@ def affordable_queries(images: ImageSet, config: Config, most: int) -> int:
 
 
 def evaluate(
-    parameters: Mapping[str, Array], config: Config, batches: Iterator[Episodes], norm: Norm | None = None
+    parameters: Mapping[str, Array],
+    config: Config,
+    batches: Iterator[Episodes],
+    norm: Norm | None = None,
+    views: int = 1,
 ) -> Score:
     """Accuracy of the CNNs generated for the support set of each episode, on its query images.
 
-    parameters may be NumPy or torch (then on their device, without gradients); norm defaults to the config's.
+    parameters may be NumPy or torch (then on their device, without gradients); norm defaults to the config's; views: at
+    how many places the generator sees each support image, see `generate_from_views`.
     """
     config = dataclasses.replace(config, norm=norm or config.norm)
 
     def classify(batch: Episodes) -> NDArray[np.integer]:
         convert, back = converters(parameters)
-        cnn = generate(parameters, config, convert(batch.support), convert(batch.labels), check=False)
+        support, labels = convert(batch.support), convert(batch.labels)
+        cnn = generate_from_views(parameters, config, support, labels, views=views, check=False)
         return back(cnn(convert(batch.query)).argmax(-1))  # [E, m]
 
     return score(classify, batches)

@@ -82,6 +82,8 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.LENGTHS["quick"], *start]
     longer = ["--minutes", "130", "--workers", "1", "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-seed1"]
     assert rows.training("1shot-8ch-logits-long-seed1")[2:] == longer
+    longer = [*rows.LENGTHS["longer"], "--start", "runs/omniglot/1shot-8ch-logits-long"]
+    assert rows.training("1shot-8ch-logits-longer")[2:] == longer
     more = ["--start", "runs/omniglot/1shot-8ch-logits-long", *rows.RATE]
     assert rows.training("5shot-8ch-logits-long")[2:] == [*rows.TIMES["5"], *more]
     wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all"
@@ -134,6 +136,10 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     kept = [json.loads(text) for text in (tmp_path / row / "evaluate.jsonl").read_text().splitlines()]
     assert [(figures["protocol"], figures["norm"]) for figures in kept] == rows.WAYS
     assert rows.percent(kept[1]) in rows.table().splitlines()[2] and "| 32 |" in rows.table()
+    rows.measure_views(row, data, tmp_path / "run")
+    seen = [json.loads(text) for text in (tmp_path / row / "views.jsonl").read_text().splitlines()]
+    assert [figures["views"] for figures in kept + seen] == [1, 1, 9, 9]
+    assert kept[0]["accuracy"] != seen[0]["accuracy"] and rows.percent(seen[1]) in rows.table().splitlines()[2]
     monkeypatch.setattr(rows, "train", lambda row, data_dir, run_dir: shutil.copytree(tmp_path / "run", run_dir))
     assert rows.check(row, data).startswith("reproduced")
     kept[0]["accuracy"] += 0.5

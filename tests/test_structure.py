@@ -24,6 +24,7 @@ LAYERS = (
     ("checks", "norms"),
     ("cnn",),
     ("generator",),
+    ("views",),
     ("datasets",),
     ("ink", "folded"),
     ("task_classifier",),

@@ -28,7 +28,7 @@ from mini_ht.training.device import set_gradient
 from mini_ht.training.flat import Layout, kind
 from mini_ht.training.loop import METRICS, Trainer, adamw, fresh_state, train, truncate_metrics
 from mini_ht.training.schedule import average_decay, learning_rate, progress
-from mini_ht.training.workers import Workers, gradient, storage_dtype
+from mini_ht.training.workers import Workers, gradient, smoothed_cross_entropy, storage_dtype
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -162,6 +162,19 @@ def test_gradients_in_bfloat16():
     assert second[0].dtype == torch.float32 and not torch.equal(first[0], second[0])
     assert torch.cosine_similarity(first[0], second[0], dim=0) > 0.97
     assert_close(second[1], first[1], "bfloat16")
+
+
+@given(seed=seeds, way=st.integers(3, 6), absent=st.integers(0, 1), smoothing=st.sampled_from((0.0, 0.1, 0.9)))
+def test_label_smoothing_leaves_out_absent_classes(seed, way, absent, smoothing):
+    """The smoothed loss, and its gradient, is torch's on the logits of those classes that are there."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(3 * rng.standard_normal((4, way))).requires_grad_()
+    targets = torch.from_numpy(rng.integers(0, way - absent, 4))
+    there = torch.arange(way) < way - absent
+    loss = smoothed_cross_entropy(torch.where(there, logits, -math.inf), targets, smoothing)
+    wanted = torch.nn.functional.cross_entropy(logits[:, there], targets, label_smoothing=smoothing)
+    assert_close(loss, wanted)
+    assert_close(*(torch.autograd.grad(one, logits)[0] for one in (loss, wanted)))
 
 
 def test_the_loss_falls(tmp_path):

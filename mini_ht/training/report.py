@@ -34,6 +34,7 @@ def measure(
     episodes: int,
     norm: Norm,
     seed: int = 0,
+    views: int = 1,
 ) -> dict[str, Any]:
     """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""
     start = time.perf_counter()
@@ -43,17 +44,19 @@ def measure(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        score = evaluate(to_torch(parameters, device), config, batches(), norm)
+        score = evaluate(to_torch(parameters, device), config, batches(), norm, views)
     yardsticks = {"chance": 1 / task["way"], "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy}
     seconds = round(time.perf_counter() - start, 2)
-    return dataclasses.asdict(score) | yardsticks | dict(task) | {"norm": norm, "seed": seed, "seconds": seconds}
+    how = {"norm": norm, "views": views, "seed": seed, "seconds": seconds}
+    return dataclasses.asdict(score) | yardsticks | dict(task) | how
 
 
 def describe(figures: Mapping[str, Any]) -> str:
     """The figures of `measure` as text."""
+    views = f", {figures['views']} views" if figures["views"] > 1 else ""
     return (
         f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of unseen classes, "
-        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}\n"
+        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}{views}\n"
         f"  accuracy                {100 * figures['accuracy']:6.2f} +- {100 * figures['interval']:.2f} %\n"
         f"  nearest mean of pixels  {100 * figures['pixel_nearest_mean']:6.2f} %\n"
         f"  chance                  {100 * figures['chance']:6.2f} %"

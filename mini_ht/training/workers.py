@@ -1,5 +1,6 @@
 """The gradient of one step, shared out over processes: each computes some of the step's episodes on one core."""
 
+import math
 import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -28,6 +29,19 @@ def storage_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy with `smoothing` of each target's probability spread evenly over the classes that are there.
+
+    logits [B, way], -inf for absent classes; targets [B].
+    """
+    if not smoothing:
+        return F.cross_entropy(logits, targets)
+    log_p = logits.log_softmax(-1)  # [B, way]
+    there = log_p > -math.inf
+    even = -log_p.where(there, 0).sum(-1) / there.sum(-1)  # [B]
+    return (1 - smoothing) * F.nll_loss(log_p, targets) + smoothing * even.mean()
+
+
 def query_loss(
     config: Config,
     parameters: Mapping[str, Tensor],
@@ -43,7 +57,7 @@ def query_loss(
     cnn = generate(parameters, config, images[0], labels[0], impl=impl, check=False)
     clock("generate")
     logits, targets = cnn(images[1]).flatten(0, 1), labels[1].flatten()  # [E * m, way] and [E * m]
-    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+    loss = smoothed_cross_entropy(logits, targets, config.label_smoothing)
     clock("classify")
     return loss, (logits.detach().argmax(-1) == targets).to(loss.dtype).mean()
 

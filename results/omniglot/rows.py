@@ -1,15 +1,17 @@
-"""Rows of the Omniglot table: trains and measures one, prints the table, checks that a row comes out again.
+"""Rows of the Omniglot table: trains and measures one, measures it with 9 views, prints the table, checks a row.
 
     python results/omniglot/rows.py run 1shot-8ch-logits --data-dir ../shared/data/omniglot
+    python results/omniglot/rows.py views 1shot-8ch-logits --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py table
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the
 logits layer) or logits. Behind that may stand strided (logits only: with the recipe that these presets had before),
-quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores) or long (130 more minutes for the
-generator of the row without that word, trained before), alphabet (Lake's split) and seedS, in this order. Rows of 5
-shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is
-kept in a folder of the row's name beside this file.
+quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores), long (130 more minutes for the
+generator of the row without that word, trained before) or longer (60 more minutes of two cores for that of the row
+with long), alphabet (Lake's split) and seedS, in this order. Rows of 5 shots begin with the generator for one shot,
+trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name beside this
+file.
 """
 
 import argparse
@@ -30,28 +32,39 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(?:-(quick|short|long))?(-alphabet)?(-seed\d+)?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(?:-(quick|short|longer|long))?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 LENGTHS = {
     "quick": ["--episodes", "40960", "--workers", "1"],  # counted in episodes, a row can be repeated
     "short": ["--minutes", "7.5", "--workers", "2"],
     "long": ["--minutes", "130", "--workers", "1"],  # more than the row without this word has had
+    "longer": ["--minutes", "60", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and more than long
 }
+EARLIER = {"long": "", "longer": "-long"}  # with which a row begins, in place of its own word
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
 STRIDED_RATE = ["--learning-rate", "0.002"]
 RUNS = Path("runs/omniglot")
 EPISODES = "1000"
-WAYS = [(protocol, norm) for protocol in ("disjoint", "released") for norm in ("batch", "support")]
+WAYS = [("disjoint", "batch"), ("disjoint", "support"), ("released", "batch"), ("released", "support")]
+VIEWS = "9"
 KEPT = ("summary.json", "metrics.jsonl", "curve.png")
 AGAIN = 0.015  # how far a repeated row may lie from the first, beside both intervals: processors round differently
 PAPER = {  # 20-way, table 1 of arXiv 2201.04182: logits layer generated; MAML++ after Antoniou et al.
     1: {8: "87.2, 81.4", 16: "93.7, 88.6", 32: "95.5, 95.6", 48: "95.7, 95.8", 64: "96.2, 97.7"},
     5: {8: "94.7, 83.2", 16: "98.0, 94.9", 32: "98.6, 98.6", 48: "98.8, 98.8", 64: "98.8, 99.3"},
 }
-COLUMNS = ["row", *map(", ".join, WAYS), "episodes", "minutes", "generator, CNN", "paper: HT, MAML++"]
+COLUMNS = [
+    "row",
+    *map(", ".join, WAYS),
+    *(f"{', '.join(way)}, {VIEWS} views" for way in WAYS[:2]),
+    "episodes",
+    "minutes",
+    "generator, CNN",
+    "paper: HT, MAML++",
+]
 
 
 def training(row: str) -> list[str]:
@@ -61,7 +74,7 @@ def training(row: str) -> list[str]:
     shot, channels, layers, length, alphabet, seed = found.groups()
     name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers.startswith("logits") else "")
     preset(name)
-    strided, longer = layers.endswith("strided"), length == "long" and shot == "1"
+    strided, longer = layers.endswith("strided"), length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     more = [*(LENGTHS[length] if length in ("quick", "short") or longer else usual)]
     more += STRIDED if strided else []
@@ -69,7 +82,7 @@ def training(row: str) -> list[str]:
     more += ["--split", "alphabet"] if alphabet else []
     more += ["--seed", seed[5:]] if seed else []
     more += STRIDED_RATE if strided and shot == "1" else []
-    more += ["--start", str(RUNS / row.replace("-long", ""))] if longer else []
+    more += ["--start", str(RUNS / row.replace(f"-{length}", EARLIER[length]))] if longer else []
     more += ["--start", str(RUNS / f"1shot{row[5:]}"), *RATE] if shot == "5" else []
     return ["train", name, *more]
 
@@ -86,10 +99,10 @@ def train(row: str, data_dir: str, run_dir: Path) -> None:
     mini_ht(*training(row), "--data-dir", data_dir, "--run-dir", str(run_dir), *more)
 
 
-def measure(run_dir: Path, data_dir: str, protocol: str, norm: str) -> dict[str, Any]:
+def measure(run_dir: Path, data_dir: str, protocol: str, norm: str, views: str = "1") -> dict[str, Any]:
     """Figures of a trained row on episodes of test characters."""
-    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--episodes", EPISODES, "--json"]
-    return json.loads(mini_ht("evaluate", str(run_dir), *options, quiet=True))
+    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--views", views]
+    return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
 
 
 def run(row: str, data_dir: str, run_dir: Path) -> None:
@@ -100,13 +113,28 @@ def run(row: str, data_dir: str, run_dir: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(run_dir / name, folder)
-    (folder / "evaluate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+    write_lines(folder / "evaluate.jsonl", figures)
     (folder / "command.txt").write_text(f"mini-ht {shlex.join(training(row))} --data-dir DIR --run-dir RUN\n")
+
+
+def measure_views(row: str, data_dir: str, run_dir: Path) -> None:
+    """Measure a trained row where the generator sees each support image at 9 places."""
+    write_lines(HERE / row / "views.jsonl", [measure(run_dir, data_dir, *way, VIEWS) for way in WAYS[:2]])
+
+
+def write_lines(file: Path, figures: Iterable[dict[str, Any]]) -> None:
+    """One line of JSON for each measurement."""
+    file.write_text("".join(json.dumps(line) + "\n" for line in figures))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """What `write_lines` wrote; nothing where there is no such file."""
+    return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
 
 
 def check(row: str, data_dir: str) -> str:
     """Train a row anew and compare it with what is kept; SystemExit if the two differ."""
-    kept = json.loads((HERE / row / "evaluate.jsonl").read_text().splitlines()[0])
+    kept = read_lines(HERE / row / "evaluate.jsonl")[0]
     with tempfile.TemporaryDirectory() as folder:
         train(row, data_dir, Path(folder) / "run")
         again = measure(Path(folder) / "run", data_dir, *WAYS[0])
@@ -129,13 +157,14 @@ def cells(texts: Iterable[str]) -> str:
 
 def line(row: str) -> str:
     """A row of the table."""
-    figures = [json.loads(text) for text in (HERE / row / "evaluate.jsonl").read_text().splitlines()]
+    figures = [percent(one) for one in read_lines(HERE / row / "evaluate.jsonl")]
+    views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")] or ["", ""]
     summary = json.loads((HERE / row / "summary.json").read_text())
     config = Config.from_json(json.dumps(summary["config"]))
     published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
     cost = f"{summary['episodes']:,}", f"{summary['seconds'] / 60:.1f}"
     sizes = f"{generator_size(config):,}, {cnn_size(config):,}"
-    return cells([f"[{row}](../results/omniglot/{row})", *map(percent, figures), *cost, sizes, published])
+    return cells([f"[{row}](../results/omniglot/{row})", *figures, *views, *cost, sizes, published])
 
 
 def table() -> str:
@@ -147,7 +176,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "check", "table"))
+    parser.add_argument("what", choices=("run", "views", "check", "table"))
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--data-dir", help="folder with the two Omniglot archives")
     options = parser.parse_args()
@@ -165,6 +194,8 @@ def main() -> None:
         for row in options.rows:
             if options.what == "run":
                 run(row, options.data_dir, RUNS / row)
+            elif options.what == "views":
+                measure_views(row, options.data_dir, RUNS / row)
             else:
                 print(check(row, options.data_dir))
     except subprocess.CalledProcessError as error:  # the command has said why

@@ -1,0 +1,82 @@
+"""Views: the generator sees each support image where it is and a pixel beside, and the CNN gets the mean weights.
+
+What a drawing's features are depends on where max-pools happen to cut it; their mean over places depends less on that.
+The CNN keeps its size and its cost, only writing it costs more. Training has no use for it (docs/recipe.md).
+"""
+
+import dataclasses
+from typing import Any
+
+from mini_ht.arrays import Array, Parameters, namespace
+from mini_ht.cnn import GeneratedCNN
+from mini_ht.config import Config
+from mini_ht.errors import InputError
+from mini_ht.generator import generate
+
+VIEWS = (1, 5, 9)
+# By how many rows and columns an image is moved; the first 1, 5 or 9 of them are used.
+MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+def generate_from_views(
+    parameters: Parameters,
+    config: Config,
+    support: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    views: int,
+    **options: Any,
+) -> GeneratedCNN:
+    """The CNN with the mean of the weights that `generate` writes for the support set as it is, and moved by a pixel.
+
+    views: 1, the images as they are; 5, also moved up, down, left and right; 9, also to the corners. Norm statistics
+    are the mean, too. Everything else, and errors, as in `generate`; InputError for other numbers of views.
+    """
+    check_views(views)
+    if views == 1:
+        return generate(parameters, config, support, labels, mask, **options)
+    batched, concat = support.ndim == 5, namespace(support).concat
+    if not batched:
+        support, labels, mask = support[None], labels[None], None if mask is None else mask[None]
+    seen = concat([moved(support, *move) for move in MOVES[:views]])  # [views * E, n, H, W, C]
+    masks = None if mask is None else concat([mask] * views)  # [views * E, n]
+    cnn = generate(parameters, config, seen, concat([labels] * views), masks, **options)
+    return dataclasses.replace(mean_over_views(cnn, views), batched=batched)
+
+
+def check_views(views: int) -> None:
+    """InputError unless it is one of the numbers of views that there are."""
+    if views not in VIEWS or not hasattr(views, "__index__"):  # 5.0 is among them, and no count
+        raise InputError(f"views is {views!r}; choose one of {', '.join(map(str, VIEWS))}")
+
+
+def moved(images: Array, rows: int, columns: int) -> Array:
+    """Images [E, n, H, W, C] moved down and to the right (or back, below 0); zeros come in."""
+    height, width = images.shape[2:4]
+    result = namespace(images).zeros_like(images)
+    result[:, :, max(0, rows) : height + min(0, rows), max(0, columns) : width + min(0, columns)] = images[
+        :, :, max(0, -rows) : height + min(0, -rows), max(0, -columns) : width + min(0, -columns)
+    ]
+    return result
+
+
+def mean_over_views(cnn: GeneratedCNN, views: int) -> GeneratedCNN:
+    """From the CNNs of the support sets as they are, and behind them moved (views * E), those of the mean (E)."""
+
+    def mean(x: Array) -> Array:
+        x = x.reshape(views, -1, *x.shape[1:])  # [views * E, ...] -> [views, E, ...]
+        return x[0] + (x - x[0]).mean(0)  # [E, ...], exactly x[0] where all views agree, as on learned convs
+
+    convs = tuple(
+        dataclasses.replace(
+            conv,
+            weight=mean(conv.weight),
+            bias=None if conv.bias is None else mean(conv.bias),
+            statistics=(mean(conv.statistics[0]), mean(conv.statistics[1])),
+            affine=None if conv.affine is None else (mean(conv.affine[0]), mean(conv.affine[1])),
+        )
+        for conv in cnn.convs
+    )
+    episodes = len(cnn.present) // views
+    return dataclasses.replace(cnn, convs=convs, logits_weight=mean(cnn.logits_weight), present=cnn.present[:episodes])

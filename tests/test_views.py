@@ -1,0 +1,82 @@
+"""Laws of views: what it means that a generator sees support images at several places."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import cases, seeds
+from tolerances import assert_all_close, assert_close, assert_different, contents
+
+from mini_ht import Config, HyperTransformerClassifier, InputError, draw_parameters
+from mini_ht.adaptation import adapt, open_generator
+from mini_ht.cli import main
+from mini_ht.episodes import shifted
+from mini_ht.views import MOVES, VIEWS, check_views, generate_from_views, moved
+
+
+@given(data=st.data())
+def test_the_weights_are_the_mean_of_those_from_the_moved_images(library, data):
+    """Weights, biases, scales and statistics with several views: the means of those from each moved support set."""
+    views = data.draw(st.sampled_from((5, 9)))
+    case = data.draw(cases(images=(2, 5)))
+    places = [case.replace(support=moved(case.support, *move)) for move in MOVES[:views]]
+    found = [contents(place.generate(library)) for place in places]
+    mean = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+    parts = library.to((case.parameters, case.config, case.support, case.labels, case.mask))
+    cnn = generate_from_views(*parts, views=views)
+    assert_all_close(contents(cnn), mean)
+    parts = library.to((case.support[0], case.labels[0], None if case.mask is None else case.mask[0]))
+    alone = generate_from_views(library.to(case.parameters), case.config, *parts, views=views)
+    assert_close(library.back(alone(library.to(case.query[0]))), library.back(cnn(library.to(case.query)))[0])
+
+
+@given(seed=seeds, rows=st.integers(-2, 2), columns=st.integers(-2, 2))
+def test_moved_images_are_those_of_training(library, seed, rows, columns):
+    """`moved` in both libraries is `shifted`, by which training moves its images."""
+    images = np.random.default_rng(seed).random((2, 3, 6, 5, 1))
+    offsets = np.broadcast_to([rows, columns], (2, 3, 2))
+    assert_close(library.back(moved(library.to(images), rows, columns)), shifted(images, offsets))
+
+
+def test_the_first_views_are_the_nearest():
+    """One view is the image itself, five add its four neighbours, nine all eight; none comes twice."""
+    assert MOVES[0] == (0, 0) and len(set(MOVES)) == len(MOVES) == 9
+    assert all(abs(rows) + abs(columns) == 1 for rows, columns in MOVES[1:5])
+    assert all(abs(rows) == abs(columns) == 1 for rows, columns in MOVES[5:])
+
+
+@pytest.mark.parametrize("views", [0, -1, 2, 10, 5.0, None, "5"])
+def test_other_numbers_of_views_are_refused(views):
+    """Numbers of views that are not 1, 5 or 9 are refused, with the choice, before anything is computed."""
+    with pytest.raises(InputError, match=r"views is .*; choose one of 1, 5, 9"):
+        check_views(views)
+    with pytest.raises(InputError, match="views is"):
+        adapt(open_generator("omniglot"), [], views=views)
+
+
+def test_a_classifier_from_views():
+    """The estimator's classifier is that of the mean weights, and says from how many views it was written."""
+    config = Config(way=3, encoding=8, image_size=16, shared_features=4, local_features=3)
+    parameters = draw_parameters(config, 0)
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((6, 16, 16, 1)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2])
+    support = dataclasses.replace(config, norm="support")
+    for views in VIEWS:
+        classifier = HyperTransformerClassifier((parameters, config), "none", views=views).fit(images, labels)
+        logits = generate_from_views(parameters, support, images, labels, views=views)(images)
+        odds = np.exp(logits - logits.max(-1, keepdims=True))
+        assert_close(classifier.predict_proba(images), odds / odds.sum(-1, keepdims=True), "float32")
+        assert classifier.task_.provenance["views"] == str(views)
+        assert_different(
+            logits, generate_from_views(parameters, support, images, labels, views=5 if views == 1 else 1)(images)
+        )
+
+
+def test_the_commands_take_views(tmp_path, capsys):
+    """adapt, adapt-many and evaluate know --views, and refuse other numbers with the choice."""
+    for command in ("adapt", "adapt-many", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--views {1,5,9}" in " ".join(capsys.readouterr().out.split())
