@@ -15,6 +15,7 @@ from tolerances import relative_error
 
 from mini_ht.config import Config
 from mini_ht.datasets.glyphs import glyphs
+from mini_ht.training import device
 from mini_ht.training.device import DeviceImages, DeviceStep
 from mini_ht.training.flat import Layout
 from mini_ht.training.loop import Trainer, adamw, fresh_state
@@ -55,6 +56,15 @@ def test_one_gather_gives_the_images_of_the_sampler(seed, shift, rotate, mirror,
         strict=True,
     ):
         assert torch.equal(found, torch.from_numpy(array))
+
+
+def test_images_go_to_the_device_in_parts(monkeypatch):
+    """Copied a few at a time, the pixels are the same, with a zero behind each image."""
+    whole = DeviceImages(SQUARES, 1, CPU).pixels
+    monkeypatch.setattr(device, "COPIED", 7)  # does not divide their number
+    assert torch.equal(DeviceImages(SQUARES, 1, CPU).pixels, whole)
+    images = whole.reshape(len(SQUARES.pixels), -1)  # [total, H * W + 1]
+    assert torch.equal(images[:, :-1], torch.from_numpy(SQUARES.pixels).flatten(1)) and not images[:, -1].any()
 
 
 def vectors(state) -> list[torch.Tensor]:

@@ -7,6 +7,9 @@ import errno
 import json
 import math
 import os
+import shutil
+import sys
+from multiprocessing import resource_tracker, spawn
 
 import numpy as np
 import pytest
@@ -384,6 +387,21 @@ def test_two_processes_give_the_same_gradient_and_pass_errors_on():
     finally:
         two.close()
     assert not two.processes[0].is_alive()
+
+
+def test_a_worker_that_ends_at_its_start():
+    """A process that ends before it reads anything is reported however many images there are: nobody waits for it."""
+    many = ImageSet(np.zeros((1000, 32, 32, 3), np.uint8), np.full(50, 20), tuple(map(str, range(50))))
+    resource_tracker.ensure_running()
+    spawn.set_executable(shutil.which("false"))
+    try:
+        workers = Workers(CONFIG, many, fresh_state(CONFIG, CPU).vector.share_memory_(), 2)
+    finally:
+        spawn.set_executable(sys.executable)
+    workers.processes[0].join()
+    with pytest.raises(InputError, match="a worker process ended by itself"):
+        workers.gradient(0)
+    workers.close()
 
 
 def test_bench(monkeypatch):

@@ -17,6 +17,7 @@ from mini_ht.training.schedule import average_decay
 from mini_ht.training.tasks import training_choice
 from mini_ht.training.workers import Clock, query_loss, storage_dtype
 
+COPIED = 4096  # images that go to the device at a time
 WARM_UP = 3  # runs before the capture, in which kernels are compiled and libraries choose
 
 
@@ -26,10 +27,12 @@ class DeviceImages:
     def __init__(self, images: ImageSet, shift: int, device: torch.device) -> None:
         """shift: the largest move, in pixels."""
         total, height, width, channels = images.pixels.shape
-        pixels = images.pixels.reshape(total, height * width, channels)
         # What is moved in from outside is the pixel behind the last: a zero.
-        padded = np.concatenate([pixels, np.zeros_like(pixels[:, :1])], axis=1)  # [total, H * W + 1, C]
-        self.pixels = torch.from_numpy(padded.reshape(-1, channels)).to(device)
+        padded = torch.zeros((total, height * width + 1, channels), dtype=torch.uint8, device=device)
+        for start in range(0, total, COPIED):  # a mapped set may be larger than the host's memory
+            some = images.pixels[start : start + COPIED].reshape(-1, height * width, channels)
+            padded[start : start + COPIED, :-1] = torch.from_numpy(np.array(some)).to(device)
+        self.pixels = padded.reshape(-1, channels)  # [total * (H * W + 1), C]
         self.stride, self.shift = height * width + 1, shift
         self.positions = torch.from_numpy(source_positions(height, shift)).to(device)
 

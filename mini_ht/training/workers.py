@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mini_ht.config import Config
 from mini_ht.datasets.images import ImageSet
+from mini_ht.datasets.mapped import MappedSet
 from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.memory import keep_freed_memory
@@ -90,6 +93,14 @@ def gradient(
     return result, torch.stack([loss.detach(), accuracy]) * share
 
 
+def shareable(images: ImageSet) -> ImageSet | tuple[Tensor, NDArray[np.integer]]:
+    """What another process gets of an image set: pixels in shared memory and counts; of a mapped set, where it lies.
+
+    Through the pipe of a process that starts they would be copied, and one that dies would leave us writing for ever.
+    """
+    return images if isinstance(images, MappedSet) else (torch.from_numpy(images.pixels).share_memory_(), images.counts)
+
+
 class Workers:
     """Computes gradients with `count` processes, this one among them."""
 
@@ -109,9 +120,10 @@ class Workers:
             torch.set_num_threads(1)
         context = torch.multiprocessing.get_context("spawn")
         self.processes = []
+        shared = shareable(images) if count > 1 else images
         for result, start, stop in zip(self.results, bounds[1:], bounds[2:], strict=False):
             here, there = context.Pipe()
-            arguments = (there, config, images, vector, result, slice(start, stop))
+            arguments = (there, config, shared, vector, result, slice(start, stop))
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -143,9 +155,15 @@ class Workers:
 
 
 def serve(
-    connection: Connection, config: Config, images: ImageSet, vector: Tensor, result: Tensor, part: slice
+    connection: Connection,
+    config: Config,
+    shared: ImageSet | tuple[Tensor, NDArray[np.integer]],
+    vector: Tensor,
+    result: Tensor,
+    part: slice,
 ) -> None:
     """A worker process: for each step number that comes, leave the gradient in `result`; ends when the pipe closes."""
+    images = shared if isinstance(shared, ImageSet) else ImageSet(shared[0].numpy(), shared[1], ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
     torch.set_num_threads(1)
     keep_freed_memory()
