@@ -24,9 +24,7 @@ Precision = Annotated[
     Literal["float32", "float16", "int8"], arg(help="Of the numbers in the file: fewer bits, a smaller file.")
 ]
 Preprocess = Annotated[Literal["ink", "none"], arg(help="ink: from photos and drawings; none: images as they are.")]
-Views = Annotated[
-    Literal[1, 5, 9], arg(help="Places at which images are seen: with more, better classifiers that take longer.")
-]
+Views = Annotated[Literal[1, 5, 9], arg(help="Places at which images are seen: more are better and take longer.")]
 Polarity = Annotated[Literal["auto", "dark", "light"], arg(help="Of ink: dark on light, or light on dark.")]
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mini_ht.arrays import Array, namespace
+from mini_ht.arrays import Parameters, namespace
 from mini_ht.config import Config, Norm
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
@@ -54,11 +54,7 @@ def affordable_queries(images: ImageSet, config: Config, most: int) -> int:
 
 
 def evaluate(
-    parameters: Mapping[str, Array],
-    config: Config,
-    batches: Iterator[Episodes],
-    norm: Norm | None = None,
-    views: int = 1,
+    parameters: Parameters, config: Config, batches: Iterator[Episodes], norm: Norm | None = None, views: int = 1
 ) -> Score:
     """Accuracy of the CNNs generated for the support set of each episode, on its query images.
 
@@ -99,7 +95,7 @@ def score(classify: Callable[[Episodes], NDArray[np.integer]], batches: Iterator
     return Score.of(np.concatenate(right))
 
 
-def converters(parameters: Mapping[str, Array]) -> tuple[Callable, Callable]:
+def converters(parameters: Parameters) -> tuple[Callable, Callable]:
     """From NumPy to the parameters' library and device, and back."""
     like = parameters["logits.xi"]
     if isinstance(like, np.ndarray):

@@ -133,13 +133,19 @@ def start_as_prototypes(parameters: dict[str, NDArray[np.floating]], config: Con
     Keys start as queries, so that like tokens find each other, and what a head reads from some coordinates of a token
     it adds to the same ones. Placeholder i of the logits layer starts as class i's encoding. Where that layer sees a
     1 x 1 map, its first local features are the activations themselves, and a linear read-out makes them the weights;
-    slices read from the token lie there anyway. docs/recipe.md has what this gains.
+    slices read from the token lie there anyway. Weights of sigmoid attention do not compete, so it gets a threshold: a
+    key counts half that is half as like the query as a token is like itself. docs/recipe.md has what all this gains.
     """
     for name in parameters:
         if name.endswith(".key"):
             parameters[name] = parameters[name.removesuffix("key") + "query"].copy()
         elif name.endswith(".output"):
             parameters[name] = parameters[name.removesuffix("output") + "value"].T.copy()
+        elif name.endswith(".key_bias") and (width := len(parameters[name]) // config.heads) > 1:  # softmax has none
+            spent = slice(0, None, width)  # the first coordinate of each head: sqrt(w / 2) times -sqrt(w / 2)
+            for projection, sign in ((name.replace(".key_bias", ".query"), 1), (name.removesuffix("_bias"), -1)):
+                parameters[projection][:, spent] = 0
+                parameters[f"{projection}_bias"][spent] = sign * math.sqrt(width / 2)
     parameters["logits.mu"] = parameters["logits.xi"][: config.way].copy()
     layer = plan(config)[-1]
     if not (layer.local and layer.size == 1):

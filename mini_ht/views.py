@@ -1,7 +1,7 @@
 """Views: the generator sees each support image where it is and a pixel beside, and the CNN gets the mean weights.
 
-What a drawing's features are depends on where max-pools happen to cut it; their mean over places depends less on that.
-The CNN keeps its size and its cost, only writing it costs more. Training has no use for it (docs/recipe.md).
+A drawing's features depend on where max-pools happen to cut it; their mean over places does less. The CNN keeps its
+size and its cost, only writing it costs more. Training has no use for it (docs/recipe.md).
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ def generate_from_views(
     views: int,
     **options: Any,
 ) -> GeneratedCNN:
-    """The CNN with the mean of the weights that `generate` writes for the support set as it is, and moved by a pixel.
+    """The CNN with the mean of the weights, and norm statistics, that `generate` writes for each place of the images.
 
-    views: 1, the images as they are; 5, also moved up, down, left and right; 9, also to the corners. Norm statistics
-    are the mean, too. Everything else, and errors, as in `generate`; InputError for other numbers of views.
+    views: 1, as they are; 5, also moved up, down, left and right; 9, also to the corners; InputError for other numbers.
+    Everything else, and errors, as in `generate`.
     """
     check_views(views)
     if views == 1:
@@ -64,19 +64,13 @@ def moved(images: Array, rows: int, columns: int) -> Array:
 def mean_over_views(cnn: GeneratedCNN, views: int) -> GeneratedCNN:
     """From the CNNs of the support sets as they are, and behind them moved (views * E), those of the mean (E)."""
 
-    def mean(x: Array) -> Array:
+    def mean(x: Any) -> Any:
+        if x is None or isinstance(x, tuple):
+            return x and tuple(map(mean, x))
         x = x.reshape(views, -1, *x.shape[1:])  # [views * E, ...] -> [views, E, ...]
         return x[0] + (x - x[0]).mean(0)  # [E, ...], exactly x[0] where all views agree, as on learned convs
 
-    convs = tuple(
-        dataclasses.replace(
-            conv,
-            weight=mean(conv.weight),
-            bias=None if conv.bias is None else mean(conv.bias),
-            statistics=(mean(conv.statistics[0]), mean(conv.statistics[1])),
-            affine=None if conv.affine is None else (mean(conv.affine[0]), mean(conv.affine[1])),
-        )
-        for conv in cnn.convs
-    )
-    episodes = len(cnn.present) // views
-    return dataclasses.replace(cnn, convs=convs, logits_weight=mean(cnn.logits_weight), present=cnn.present[:episodes])
+    parts = ("weight", "bias", "statistics", "affine")
+    convs = [dataclasses.replace(conv, **{part: mean(getattr(conv, part)) for part in parts}) for conv in cnn.convs]
+    present = cnn.present[: len(cnn.present) // views]
+    return dataclasses.replace(cnn, convs=tuple(convs), logits_weight=mean(cnn.logits_weight), present=present)

@@ -22,6 +22,7 @@ from mini_ht.training.flat import Layout
 from mini_ht.training.tasks import training_episodes
 
 Clock = Callable[[str], None]
+Shared = ImageSet | tuple[Tensor, NDArray[np.integer]]  # pixels, and how many images each class has
 
 
 def storage_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -93,10 +94,10 @@ def gradient(
     return result, torch.stack([loss.detach(), accuracy]) * share
 
 
-def shareable(images: ImageSet) -> ImageSet | tuple[Tensor, NDArray[np.integer]]:
-    """What another process gets of an image set: pixels in shared memory and counts; of a mapped set, where it lies.
+def shareable(images: ImageSet) -> Shared:
+    """What another process gets: pixels in shared memory, or where a mapped set lies.
 
-    Through the pipe of a process that starts they would be copied, and one that dies would leave us writing for ever.
+    Pixels in the pipe of a process that starts would be a copy; if it dies, we would write for ever.
     """
     return images if isinstance(images, MappedSet) else (torch.from_numpy(images.pixels).share_memory_(), images.counts)
 
@@ -154,14 +155,7 @@ class Workers:
             process.join(timeout=10)
 
 
-def serve(
-    connection: Connection,
-    config: Config,
-    shared: ImageSet | tuple[Tensor, NDArray[np.integer]],
-    vector: Tensor,
-    result: Tensor,
-    part: slice,
-) -> None:
+def serve(connection: Connection, config: Config, shared: Shared, vector: Tensor, result: Tensor, part: slice) -> None:
     """A worker process: for each step number that comes, leave the gradient in `result`; ends when the pipe closes."""
     images = shared if isinstance(shared, ImageSet) else ImageSet(shared[0].numpy(), shared[1], ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
