@@ -90,8 +90,7 @@ def adapt(
     last bit, whichever others are made with it. preprocess and polarity say how the images were prepared, and those to
     come will be. views: at how many places the generator sees each image, see `generate_from_views`.
 
-    Raises InputError for a task of one class, of more classes than the generator serves, or with an empty class;
-    for a number of views other than 1, 5 or 9.
+    Raises InputError for a task of one class, of too many or with an empty one, and for another number of views.
     """
     check_views(views)
     for task in tasks:

@@ -24,8 +24,7 @@ class HyperTransformerClassifier:
         checkpoint: the name of a pretrained generator, a run folder or checkpoint file, or (parameters, config).
         preprocess: "ink" takes photos and drawings of any size; "none" takes images as the generator reads them.
         polarity: of ink: "dark" on light, "light" on dark, or "auto"; see `mini_ht.ink.to_ink`.
-        views: at how many places the generator sees each labelled image, 1, 5 or 9: with more, the classifier is a
-            little better and takes as many times longer to write.
+        views: 1, 5 or 9 places at which the generator sees each image: more are better, and take as often longer.
 
     Images are a list of paths or arrays, or one array [n, H, W] or [n, H, W, C]; see `mini_ht.ink.Source`. After `fit`,
     `classes_` [way] holds the classes, and `task_` is the classifier that `export` writes.

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from mini_ht.arrays import Array, Parameters, namespace
+from mini_ht.checks import check_support
 from mini_ht.cnn import GeneratedCNN
 from mini_ht.config import Config
 from mini_ht.errors import InputError
@@ -36,6 +37,7 @@ def generate_from_views(
     check_views(views)
     if views == 1:
         return generate(parameters, config, support, labels, mask, **options)
+    check_support(parameters, config, support, labels, mask, values=False)
     batched, concat = support.ndim == 5, namespace(support).concat
     if not batched:
         support, labels, mask = support[None], labels[None], None if mask is None else mask[None]

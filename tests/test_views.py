@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import cases, seeds
 from tolerances import assert_all_close, assert_close, assert_different, contents
 
-from mini_ht import Config, HyperTransformerClassifier, InputError, draw_parameters
+from mini_ht import Config, HyperTransformerClassifier, InputError, draw_parameters, generate
 from mini_ht.adaptation import adapt, open_generator
 from mini_ht.cli import main
 from mini_ht.episodes import shifted
@@ -54,6 +54,18 @@ def test_other_numbers_of_views_are_refused(views):
         check_views(views)
     with pytest.raises(InputError, match="views is"):
         adapt(open_generator("omniglot"), [], views=views)
+
+
+def test_support_sets_that_do_not_fit_are_refused():
+    """With several views as with one, images of another shape are an error that names it."""
+    config = Config(way=3, encoding=8, image_size=16, shared_features=4, local_features=3)
+    parameters, labels = draw_parameters(config, 0), np.array([0, 1, 2])
+    for shape in ((3, 16, 16), (3, 12, 16, 1), (2, 3, 16, 16, 3)):
+        with pytest.raises(InputError) as one:
+            generate(parameters, config, np.zeros(shape, np.float32), labels)
+        with pytest.raises(InputError) as nine:
+            generate_from_views(parameters, config, np.zeros(shape, np.float32), labels, views=9)
+        assert str(nine.value) == str(one.value)
 
 
 def test_a_classifier_from_views():
