@@ -338,7 +338,8 @@ def test_bad_labels(y):
 def test_parameters_are_conventional():
     """get_params gives what set_params takes; the constructor changes nothing; unknown names are refused."""
     clf = HyperTransformerClassifier(preprocess="none")
-    assert clf.get_params() == {"checkpoint": "omniglot", "preprocess": "none", "polarity": "auto"}
+    defaults = {"checkpoint": "omniglot", "preprocess": "ink", "polarity": "auto", "views": 1}
+    assert clf.get_params() == defaults | {"preprocess": "none"}
     assert clf.set_params(polarity="dark").polarity == "dark" and "polarity='dark'" in repr(clf)
     with pytest.raises(InputError, match="no parameter 'colour'"):
         clf.set_params(colour=1)
