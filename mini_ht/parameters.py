@@ -134,7 +134,7 @@ def start_as_prototypes(parameters: dict[str, NDArray[np.floating]], config: Con
     it adds to the same ones. Placeholder i of the logits layer starts as class i's encoding. Where that layer sees a
     1 x 1 map, its first local features are the activations themselves, and a linear read-out makes them the weights;
     slices read from the token lie there anyway. Weights of sigmoid attention do not compete, so it gets a threshold: a
-    key counts half that is half as like the query as a token is like itself. docs/recipe.md has what all this gains.
+    key counts half that is half as like the query as a token is like itself. docs/recipe.md, results.md: what it gains.
     """
     for name in parameters:
         if name.endswith(".key"):

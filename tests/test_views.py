@@ -86,9 +86,17 @@ def test_a_classifier_from_views():
         )
 
 
-def test_the_commands_take_views(tmp_path, capsys):
+def test_the_commands_take_views(capsys):
     """adapt, adapt-many and evaluate know --views, and refuse other numbers with the choice."""
-    for command in ("adapt", "adapt-many", "evaluate"):
+    for command in (
+        ["adapt", "omniglot", "a", "-o", "a.npz"],
+        ["adapt-many", "omniglot", "a", "-o", "b"],
+        ["evaluate", "a"],
+    ):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command, "--help"])
         assert "--views {1,5,9}" in " ".join(capsys.readouterr().out.split())
+        with pytest.raises(SystemExit) as refused:
+            main([*command, "--views", "3"])
+        text = "".join(capsys.readouterr())
+        assert refused.value.code == 2 and "'3'" in text and "'1', '5', '9'" in text
