@@ -420,6 +420,15 @@ def test_any_bytes(server, start, middle, end):
     assert b"Traceback" not in reply and not reply.startswith(b"HTTP/1.1 5") and b"HTTP/1.1 200" not in reply
 
 
+@pytest.mark.parametrize("line", ["GET /", "GET / HTTP/0.9", "GET / HTTP/1.0"])
+def test_old_clients(server, line):
+    """A client of before HTTP/1.1 gets a status, all headers and a connection that ends, as any other."""
+    reply = talk(server, f"{line}\r\nHost: {server.url[7:-1]}\r\n\r\n".encode())
+    head, _, page = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and b"Content-Security-Policy: default-src 'none'" in head
+    assert b"Connection: close" in head and page == server.page
+
+
 def test_half_a_message(server, monkeypatch):
     """A message cut short is refused; one that never ends does not keep its thread."""
     headers = (f"Host: {server.url[7:-1]}", "Content-Type: application/json", "Content-Length: 99")

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import seeds
 from tolerances import TRITON_TOLERANCE, relative_error
@@ -90,12 +90,26 @@ def run_triton(arguments, slope, g, g_statistics, dtype=torch.float32, wants_x=T
     return back[0], back[1]
 
 
+def beside_weights(gradients, first, blocks):
+    """Gradients from which each bias's has joined its conv's weights': a bias is one more tap.
+
+    Where a norm follows and every window fires, its sum cancels but for what the statistics are asked for, so that the
+    size of the result does not say how large its terms were.
+    """
+    at = first + 3 * blocks
+    taps = map(np.append, gradients[first:], gradients[at : at + blocks])
+    return [*gradients[:first], *taps, *gradients[first + blocks : at], *gradients[at + blocks :]]
+
+
 def check(arguments, slope=0.0, seed=0, used=True, **options):
     """Everything that comes out of the kernels in float32 is within the table's tolerance of float64."""
     wanted, wanted_gradients, g, g_statistics = run_reference(arguments, slope, seed, used)
     found, gradients = run_triton(arguments, slope, g, g_statistics, precision="ieee", **options)
     if not options.get("wants_x", True):
         wanted_gradients = wanted_gradients[1:]
+    if arguments[4]:
+        first, blocks = int(options.get("wants_x", True)), len(arguments[1])
+        gradients, wanted_gradients = (beside_weights(g, first, blocks) for g in (gradients, wanted_gradients))
     pairs = [*zip(flatten(found), flatten(wanted), strict=True), *zip(gradients, wanted_gradients, strict=True)]
     for number, (mine, other) in enumerate(pairs):
         error = relative_error(mine, other)
@@ -115,6 +129,10 @@ def check(arguments, slope=0.0, seed=0, used=True, **options):
     given_statistics=st.booleans(),
     wants_x=st.booleans(),
 )
+@example(  # a channel that always fires: its bias's gradient in float32 is as far off on torch
+    seed=35051, episodes=1, images=2, height=5, width=7, inputs=20, outputs=8, slope=0.0, biased=True,
+    given_statistics=False, wants_x=False,
+)  # fmt: skip
 def test_a_block_equals_the_contract(
     seed, episodes, images, height, width, inputs, outputs, slope, biased, given_statistics, wants_x
 ):

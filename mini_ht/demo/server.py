@@ -20,12 +20,6 @@ ADDRESS = "127.0.0.1"
 BODY = 256_000  # bytes of a message, at most
 IDLE = 10.0  # seconds without a byte after which a connection is closed
 PATHS = {"/": "GET", "/adapt": "POST", "/predict": "POST"}
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 class DemoServer(ThreadingHTTPServer):
@@ -55,7 +49,7 @@ class DemoServer(ThreadingHTTPServer):
             self.hosts |= {ADDRESS, "localhost"}
         text = Path(__file__).with_name("page.html").read_text("utf-8")
         self.page = text.replace("@CLASSES@", str(tasks.most_classes)).encode()
-        self.policy = content_policy(self.page)
+        self.fixed_headers = fixed_headers(self.page)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A page that was closed meanwhile is no error; anything else is shown."""
@@ -135,12 +129,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, kind: str) -> None:
         """Sends a whole response."""
+        self.request_version = self.protocol_version  # a client that says HTTP/0.9 gets a status and headers, too
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **self.server.fixed_headers}
+        headers |= {"Connection": "close"} if self.close_connection else {}
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Security-Policy", self.server.policy)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -149,12 +143,18 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: what is drawn here concerns nobody."""
 
 
-def content_policy(page: bytes) -> str:
-    """The Content-Security-Policy that lets the page's own script and style run, and nothing else."""
+def fixed_headers(page: bytes) -> dict[str, str]:
+    """Headers of every answer; their Content-Security-Policy lets the page's own script and style run, and no more."""
 
     def digest(tag: bytes) -> str:
         (text,) = re.findall(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
 
-    own = f"script-src {digest(b'script')}; style-src {digest(b'style')}; connect-src 'self'; img-src data:"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    own = f"default-src 'none'; script-src {digest(b'script')}; style-src {digest(b'style')}; connect-src 'self'"
+    return {
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": f"{own}; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    }
