@@ -32,7 +32,7 @@ for minor in 10 11 12 13; do
     pip="$home/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all:"
     # shellcheck disable=SC2086
     if ! $pip $wanted 2> "$work/log"; then
-      echo "$python $kind: left out: $(grep -m 1 ERROR "$work/log")"
+      echo "$python $kind: left out: $(grep ERROR "$work/log" | tail -n 1)"
       continue
     fi
     # shellcheck disable=SC2086
