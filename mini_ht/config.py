@@ -159,20 +159,17 @@ class Config:
 
 
 LEAST: dict[str, float] = {
-    **dict.fromkeys(["shot", "queries", "channels", "blocks", "encoding", "layers", "heads", "episodes_per_step"], 1),
-    **dict.fromkeys(["unlabelled", "inner_width", "shared_features", "local_features", "minutes", "episodes"], 0),
-    **dict.fromkeys(["learning_rate", "weight_decay", "warmup", "clip", "seed", "shift", "vary", "introduce"], 0),
-    **dict.fromkeys(["shrink", "decay"], 0),
+    **dict.fromkeys("shot queries channels image_channels blocks encoding layers heads episodes_per_step".split(), 1),
+    **dict.fromkeys("unlabelled vary introduce inner_width shared_features local_features shift seed".split(), 0),
+    **dict.fromkeys("minutes episodes learning_rate weight_decay warmup decay clip shrink".split(), 0),
+    **dict.fromkeys(["key_width", "value_width"], 0.05),
     "way": 2,
-    "image_channels": 1,
     "conv_rate": 0.001,
-    "key_width": 0.05,
-    "value_width": 0.05,
 }
 # A checkpoint from elsewhere must not ask for more than a computer has; shares end at 1.
 MOST: dict[str, float] = {
-    **dict.fromkeys(["image_size", "channels", "shared_features", "local_features", "encoding"], 4096),
-    **dict.fromkeys(["blocks", "layers", "heads", "image_channels", "key_width", "value_width", "inner_width"], 100),
+    **dict.fromkeys("image_size channels shared_features local_features encoding".split(), 4096),
+    **dict.fromkeys("blocks layers heads image_channels key_width value_width inner_width".split(), 100),
     **dict.fromkeys(["shrink", "decay"], 1),
     "way": 10_000,
 }

@@ -1,8 +1,6 @@
 """Training a baseline on the HyperTransformer's episodes, with its schedule, optimiser and log, in one process."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,8 @@ from mini_ht.evaluation import evaluation_episodes, score
 from mini_ht.memory import keep_freed_memory
 from mini_ht.parameters import CHECKPOINT, checkpoint_path, read_tensors, to_numpy, write_tensors
 from mini_ht.training.checkpoint import FIGURES, STATE, VECTORS, State
-from mini_ht.training.log import METRICS, Log, truncate_metrics
-from mini_ht.training.loop import (
-    CHECKPOINT_SECONDS,
-    DIVERGED,
-    VALIDATION_EPISODES,
-    Trainer,
-    adamw,
-    check_data,
-    part_task,
-)
-from mini_ht.training.schedule import learning_rate, progress
+from mini_ht.training.loop import VALIDATION_EPISODES, Trainer, adamw, check_data, part_task, run_logged
+from mini_ht.training.schedule import progress
 from mini_ht.training.tasks import training_episodes
 from mini_ht.training.workers import Clock, Workers, storage_dtype
 
@@ -152,30 +141,6 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], Config, Method]:
     return tensors, config, method
 
 
-def run(trainer: BaselineTrainer, validation: ImageSet | None, run_dir: Path, log: Log) -> None:
-    """Steps until the config's time or count is over, with checkpoints and validations on the way and at the end."""
-    config, state = trainer.config, trainer.state
-    saved, first, pause = time.perf_counter(), state.step, max(20.0, 60 * config.minutes / 80)
-    started, validated = saved - state.seconds, state.seconds
-    while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
-        rate, begun = learning_rate(config, done), time.perf_counter()
-        figures = trainer.step(rate)
-        now = time.perf_counter()
-        state.seconds = now - started
-        if log.add(*figures, rate, now - begun) > DIVERGED * math.log(config.way):
-            raise InputError(f"training diverged at step {state.step}: train again with a lower learning_rate")
-        if validation is not None and state.seconds > validated + pause:
-            log.validated(trainer.validate(validation))
-            validated = state.seconds
-        if now - saved > CHECKPOINT_SECONDS:
-            trainer.save(run_dir)
-            saved = now
-    if validation is not None and state.step > first:
-        log.validated(trainer.validate(validation))
-    log.write()
-    trainer.save(run_dir)
-
-
 def train(
     config: Config,
     method: Method,
@@ -190,8 +155,6 @@ def train(
     By episodes, a resumed run ends as an uninterrupted one. Raises InputError for a folder in use, a checkpoint that
     does not fit, too few classes or images, divergence; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     check_data(config, images)
     if config.start:
         raise InputError(f"start is {config.start!r}; a baseline begins with its seed: leave start out")
@@ -199,15 +162,5 @@ def train(
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
     torch.set_num_threads(1)  # small operations do not gain from more
     trainer = BaselineTrainer(config, method, images["train"], run_dir if resume else None)
-    trainer.save(run_dir)
-    truncate_metrics(run_dir / METRICS, trainer.state.step)
-    with SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.state.step) as board:
-        log = Log(run_dir / METRICS, board, config, trainer.state, quiet)
-        try:
-            run(trainer, images.get("validation"), run_dir, log)
-        except KeyboardInterrupt:
-            trainer.save(run_dir)
-            raise KeyboardInterrupt("a checkpoint is saved; the same command with --resume goes on") from None
-        finally:
-            log.close()
+    run_logged(trainer, images, run_dir, quiet)
     return trainer.state

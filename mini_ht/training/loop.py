@@ -144,6 +144,10 @@ class Trainer:
         advice = "the last good checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
         raise InputError(f"{came}; {advice}")
 
+    def save(self, run_dir: Path) -> None:
+        """Write the training state, then the model; each file is replaced in one step."""
+        save_run(run_dir, self.config, self.state)
+
     def close(self) -> None:
         """End the other processes."""
         if self.workers:
@@ -230,15 +234,19 @@ def train(
 
 def lead(trainer: Trainer, images: Mapping[str, ImageSet], run_dir: Path, quiet: bool) -> None:
     """The steps of the first rank, which writes all files."""
-    config, state = trainer.config, trainer.state
-    save_run(run_dir, config, state)
-    truncate_metrics(run_dir / METRICS, state.step)
-    with open_board(run_dir, state.step) as board:
-        log = Log(run_dir / METRICS, board, config, state, quiet)
-        run(trainer, images.get("validation"), run_dir, log)
+    run_logged(trainer, images, run_dir, quiet)
     with torch.no_grad():
-        learned = learn_statistics(trainer.parameters, config, images["train"])
-    save(run_dir / CHECKPOINT, to_numpy(trainer.parameters | learned), config)
+        learned = learn_statistics(trainer.parameters, trainer.config, images["train"])
+    save(run_dir / CHECKPOINT, to_numpy(trainer.parameters | learned), trainer.config)
+
+
+def run_logged(trainer: Trainer, images: Mapping[str, ImageSet], run_dir: Path, quiet: bool) -> None:
+    """`run`, with its log; the run folder is a run from the first step on."""
+    trainer.save(run_dir)
+    truncate_metrics(run_dir / METRICS, trainer.state.step)
+    with open_board(run_dir, trainer.state.step) as board:
+        log = Log(run_dir / METRICS, board, trainer.config, trainer.state, quiet)
+        run(trainer, images.get("validation"), run_dir, log)
 
 
 def follow(trainer: Trainer) -> None:
@@ -261,7 +269,7 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
     try:
         while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                save_run(run_dir, config, state)
+                trainer.save(run_dir)
                 saved = time.perf_counter()
             trainer.ranks.same(state.seconds)
             rate = learning_rate(config, done)
@@ -282,10 +290,10 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
         if validation is not None and state.step > first:
             log.validated(trainer.validate(validation))
         log.write()
-        save_run(run_dir, config, state)
+        trainer.save(run_dir)
     except KeyboardInterrupt as stop:
         with suppress(KeyboardInterrupt), interrupts_wait():
-            save_run(run_dir, config, state)
+            trainer.save(run_dir)
         kept = "a checkpoint is saved; the same command with --resume goes on"
         raise KeyboardInterrupt("; ".join([*map(str, stop.args), kept])) from None
     finally:
