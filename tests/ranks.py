@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 OPTIONS = {
     **{"dataset": "folder", "way": 2, "queries": 2, "channels": 2, "blocks": 2, "image_size": 8, "encoding": 8},
     **{"layers": 1, "shared_features": 4, "local_features": 2, "learning_rate": 3e-3, "shift": 1, "seed": 3},
-    **{"episodes": 100, "episodes_per_step": 5, "precision": "float32"},
+    **{"episodes": 100, "episodes_per_step": 5, "precision": "float32", "upright": 0.3},
 }
 CONFIG = dataclasses.replace(preset("quickstart"), **OPTIONS)
 KILLED = 7  # the step in which rank 1 is killed
@@ -104,10 +104,10 @@ def fail(folder: Path) -> int:
             with (folder / "begun").open("a") as stream:
                 stream.write(f"{attempt} {self.state.step}\n")
 
-    def step(self, *arguments):
+    def step(self, *arguments, **options):
         if last and (attempt, self.state.step) == (0, KILLED):
             os.kill(os.getpid(), signal.SIGKILL)
-        return take(self, *arguments)
+        return take(self, *arguments, **options)
 
     def refuse(*arguments):
         raise InputError("an image is broken; replace it")

@@ -271,10 +271,10 @@ def test_resume_is_exact(tmp_path, images, monkeypatch):
     assert seen == [step / 8 for step in range(8)]
     real = BaselineTrainer.step
 
-    def stopped(self, *arguments):
+    def stopped(self, *arguments, **options):
         if self.state.step == 3:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(BaselineTrainer, "step", stopped)
     with pytest.raises(KeyboardInterrupt, match="--resume"):

@@ -201,7 +201,7 @@ def test_folder_round_trip(call, tmp_path):
 def test_interrupt(call, tmp_path, monkeypatch):
     """Ctrl-C ends with exit code 130, a sentence on how to go on, and a checkpoint."""
 
-    def interrupt(self, *arguments):
+    def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Trainer, "step", interrupt)

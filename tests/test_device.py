@@ -72,9 +72,9 @@ def vectors(state) -> list[torch.Tensor]:
     return [getattr(state, name).detach().cpu().clone() for name in VECTORS]
 
 
-def take(step: DeviceStep, rate: float) -> tuple[float, float, float]:
+def take(step: DeviceStep, rate: float, upright: bool = False) -> tuple[float, float, float]:
     """One step, counted."""
-    figures = step(rate)
+    figures = step(rate, upright=upright)
     step.state.step += 1
     return figures
 
@@ -83,15 +83,15 @@ def take(step: DeviceStep, rate: float) -> tuple[float, float, float]:
 def test_the_step_is_that_of_the_workers(clip):
     """Each of six steps leaves the parameters, moments and average of the trainer that shares steps between cores.
 
-    Both start each step from the same state, and parameters without a gradient to speak of are left out: Adam makes
-    whole steps of the rounding of zeros.
+    The last three are upright. Both start each step from the same state, and parameters without a gradient to speak
+    of are left out: Adam makes whole steps of the rounding of zeros.
     """
     config = dataclasses.replace(CONFIG, clip=clip, shift=1, mirror=True)
     trainer, step = Trainer(config, IMAGES["train"], 1), device_step(config)
     assert trainer.graph is None
     for number in range(6):
-        rate = 1e-3 * (1 + number)
-        assert take(step, rate) == pytest.approx(trainer.step(rate), rel=1e-5)
+        rate, upright = 1e-3 * (1 + number), number > 2
+        assert take(step, rate, upright) == pytest.approx(trainer.step(rate, upright=upright), rel=1e-5)
         size = trainer.state.second_moment.sqrt()
         felt = size > 1e-3 * size.max()
         assert felt.float().mean() > 0.3
@@ -139,15 +139,18 @@ def test_a_step_on_hold_or_without_a_number_changes_nothing():
 
 
 def test_drawing_ahead_changes_no_episode():
-    """What is drawn while the device works is the next step's, and a step after a gap draws its own."""
+    """What is drawn while the device works is the next step's; after a gap, or turning upright, it draws its own."""
     step = device_step(CONFIG)
     take(step, 1e-3)
-    assert step.waiting is not None and step.waiting[0] == 1
+    assert step.waiting is not None and step.waiting[0] == (1, False)
     for ahead, own in zip(step.waiting[1], step.draw(1), strict=True):
         assert (ahead == own).all()
     step.state.step = 5
     take(step, 1e-3)
-    assert step.waiting[0] == 6 and (step.inputs[2].numpy() == step.draw(5)[2]).all()
+    assert step.waiting[0] == (6, False) and (step.inputs[2].numpy() == step.draw(5)[2]).all()
+    take(step, 1e-3, upright=True)
+    assert step.waiting[0] == (7, True)
+    assert not step.inputs[3].any() and (step.inputs[2].numpy() == step.draw(6, upright=True)[2]).all()
 
 
 @pytest.mark.gpu

@@ -63,10 +63,10 @@ def alone(folder) -> list[float]:
     losses: list[float] = []
     take = Trainer.step
 
-    def step(self, rate):
+    def step(self, rate, **options):
         if self.state.step == STEPS // 2 and len(losses) < STEPS:
             raise KeyboardInterrupt
-        figures = take(self, rate)
+        figures = take(self, rate, **options)
         losses.append(figures[0])
         return figures
 

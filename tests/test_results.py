@@ -86,7 +86,16 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-8ch-logits-longer")[2:] == longer
     more = ["--start", "runs/omniglot/1shot-8ch-logits-long", *rows.RATE]
     assert rows.training("5shot-8ch-logits-long")[2:] == [*rows.TIMES["5"], *more]
-    wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all"
+    longer = [*rows.LENGTHS["more"], "--start", "runs/omniglot/1shot-8ch-logits"]
+    assert rows.training("1shot-8ch-logits-more")[2:] == longer
+    upright = ["train", "omniglot-20way-5shot-4ch", *rows.UPRIGHT_TIMES["5"], *rows.UPRIGHT]
+    upright += ["--start", "runs/omniglot/5shot-4ch-all"]
+    assert rows.training("5shot-4ch-all-upright") == upright
+    upright = [*rows.UPRIGHT_TIMES["1"], *rows.UPRIGHT, "--seed", "1"]
+    upright += ["--start", "runs/omniglot/1shot-8ch-logits-long-seed1"]
+    assert rows.training("1shot-8ch-logits-long-upright-seed1")[2:] == upright
+    wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all "
+    wrong += "1shot-8ch-all-upright-quick"
     for name in wrong.split():
         with pytest.raises(InputError):
             rows.training(name)
@@ -117,6 +126,9 @@ def test_the_table_of_rows_is_in_the_documents(tmp_path):
         kept = json.loads((folder / "summary.json").read_text())["config"]
         config = dataclasses.asdict(Config.from_json(json.dumps(kept)))
         wanted = dataclasses.asdict(preset(name))
+        flags = [option for option in options if option.startswith("--no-")]
+        wanted |= {flag.removeprefix("--no-"): False for flag in flags}
+        options = [option for option in options if option not in flags]
         for option, value in zip(options[::2], options[1::2], strict=True):
             if (field := option[2:].replace("-", "_")) not in ("workers", "start"):
                 wanted[field] = type(wanted[field])(value)

@@ -45,10 +45,10 @@ def stopping_at(step: int):
     """Trainer.step, which in place of one step is interrupted."""
     real = Trainer.step
 
-    def wrapped(self, *arguments):
+    def wrapped(self, *arguments, **options):
         if self.state.step == step:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     return wrapped
 

@@ -1,4 +1,4 @@
-"""Steps with a task of their own: with `vary` of every kind, with `introduce` of ever more unlabelled images."""
+"""Steps with tasks of their own: of every kind, with ever more unlabelled images, and in the end upright."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from test_training import CONFIG, IMAGES, run
 
 from mini_ht import Config, InputError
 from mini_ht.datasets.images import ImageSet
+from mini_ht.training import workers
+from mini_ht.training.schedule import is_upright, progress
 from mini_ht.training.tasks import HIDDEN, step_task, step_unlabelled, training_choice, training_episodes
 
 
@@ -52,6 +54,44 @@ def test_all_kinds_of_tasks_come():
     hiding = np.array([hidden for *_, hidden in drawn])
     assert 0.5 < balanced < 0.65  # the largest numbers cannot be doubled
     assert abs((hiding > 0).mean() - 1 / 3) < 0.05 and hiding.max() <= HIDDEN
+
+
+@given(upright=st.floats(0, 1), steps=st.integers(1, 60))
+def test_the_last_steps_are_upright(upright, steps):
+    """First come steps with turned classes, then those without, which are the wanted share of all, up to one step."""
+    config = Config(upright=upright, episodes=8 * steps, episodes_per_step=8)
+    found = [is_upright(config, progress(config, 8 * step, 0.0)) for step in range(steps)]
+    assert found == sorted(found) and abs(sum(found) - upright * steps) <= 1
+    assert any(found) or upright < 1 / steps
+    assert not (any(found) and upright == 0) and (all(found) or upright < 1)
+
+
+@given(seed=seeds, rotate=st.booleans(), mirror=st.booleans())
+def test_an_upright_step_turns_no_class(seed, rotate, mirror):
+    """It has the classes and images that it would have otherwise, as they are."""
+    images = blank(8, 4)
+    config = Config(way=4, seed=seed, queries=2, rotate=rotate, mirror=mirror, episodes_per_step=40)
+    (turned, _), (upright, _) = training_choice(config, images, 3), training_choice(config, images, 3, upright=True)
+    kinds = {turn + 4 * flip for turn in range(4 if rotate else 1) for flip in range(2 if mirror else 1)}
+    assert set(turned.query_turns.flat) == kinds and not upright.support_turns.any() and not upright.query_turns.any()
+    for name in ("classes", "labels", "support_rows", "query_rows"):
+        np.testing.assert_array_equal(getattr(turned, name), getattr(upright, name))
+
+
+def test_a_training_ends_upright(tmp_path, monkeypatch):
+    """Of 12 steps the last 3 are upright where a quarter is asked for, and a share above 1 is refused."""
+    seen = []
+    real = workers.training_episodes
+
+    def spy(config, images, step, part, upright):
+        seen.append((step, upright))
+        return real(config, images, step, part, upright)
+
+    monkeypatch.setattr(workers, "training_episodes", spy)
+    run(dataclasses.replace(CONFIG, upright=0.25), tmp_path / "run", workers=1)
+    assert seen == [(step, step >= 9) for step in range(12)]
+    with pytest.raises(InputError, match=r"upright is 1\.5; it must be at most 1"):
+        dataclasses.replace(CONFIG, upright=1.5)
 
 
 def test_the_same_step_is_the_same_task():

@@ -68,10 +68,10 @@ def stop_at(monkeypatch):
     real = Trainer.step
 
     def arrange(step, error=KeyboardInterrupt):
-        def wrapped(self, *arguments):
+        def wrapped(self, *arguments, **options):
             if self.state.step == step:
                 raise error
-            return real(self, *arguments)
+            return real(self, *arguments, **options)
 
         monkeypatch.setattr(Trainer, "step", wrapped)
 
@@ -209,7 +209,7 @@ def test_resume_is_exact(tmp_path, stop_at, monkeypatch, vary):
 
     Once it is finished, norm statistics are in the model.
     """
-    config = dataclasses.replace(CONFIG, vary=vary, way=3)
+    config = dataclasses.replace(CONFIG, vary=vary, way=3, upright=0.3)
     seen: dict[str, list] = {}
     real = loop.Log.add
 
@@ -320,9 +320,9 @@ def test_not_a_number_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch)
     """Parameters that are no numbers any more stop the training, and the checkpoint on disk is a good one."""
     real = Trainer.step
 
-    def poisoned(self, *arguments):
+    def poisoned(self, *arguments, **options):
         self.state.vector[0] += math.nan if self.state.step == 5 else 0
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)  # after every step
@@ -339,7 +339,7 @@ def test_a_bad_gradient_changes_nothing():
     trainer.step(1e-3)
     before = {name: getattr(trainer.state, name).clone() for name in VECTORS}
     nan = torch.full_like(trainer.state.vector, math.nan)
-    trainer.workers.gradient = lambda step, clock: (nan, torch.tensor([1.0, 0.5]))
+    trainer.workers.gradient = lambda *which: (nan, torch.tensor([1.0, 0.5]))
     with pytest.raises(InputError, match="gradient norm nan"):
         trainer.step(1e-3)
     assert trainer.state.step == 1
@@ -349,7 +349,7 @@ def test_a_bad_gradient_changes_nothing():
 def test_divergence(tmp_path, monkeypatch):
     """A loss far over that of guessing stops the training with advice."""
     real = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, rate: (100.0 * self.state.step, *real(self, rate)[1:]))
+    monkeypatch.setattr(Trainer, "step", lambda self, rate, upright: (100.0 * self.state.step, *real(self, rate)[1:]))
     with pytest.raises(InputError, match=r"diverged at step \d+: .*lower learning_rate"):
         run(CONFIG, tmp_path)
     assert load_run(tmp_path, CONFIG, CPU).step == 0
@@ -377,11 +377,11 @@ def test_two_processes_give_the_same_gradient_and_pass_errors_on():
     one, two = (Workers(config, IMAGES["train"], vector, count) for count in (1, 2))
     try:
         assert two.own == slice(0, 1) and len(two.processes) == 1 and not one.processes
-        for step in (0, 5):
-            (alone, figures), (shared, same) = one.gradient(step), two.gradient(step)
+        for step, upright in ((0, False), (5, False), (5, True)):
+            (alone, figures), (shared, same) = (each.gradient(step, upright=upright) for each in (one, two))
             assert_close(shared, alone, "float32")
             assert_close(same, figures, "float32")
-        two.connections[0].send("no step")  # the answer to it, an error, comes first
+        two.connections[0].send(("no step", False))  # the answer to it, an error, comes first
         with pytest.raises(ValueError, match="seed"):
             two.gradient(6)
     finally:

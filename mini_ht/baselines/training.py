@@ -76,11 +76,11 @@ class OneProcess(Workers):
         self.parameters = trainer.layout.leaves(trainer.state.vector)
         keep_freed_memory()
 
-    def gradient(self, step: int, clock: Clock = lambda name: None) -> tuple[Tensor, Tensor]:
+    def gradient(self, step: int, clock: Clock = lambda name: None, upright: bool = False) -> tuple[Tensor, Tensor]:
         """Gradient [size] of the step's mean loss, and (loss, accuracy) [2]."""
         trainer, config = self.trainer, self.trainer.config
         done = progress(config, step * config.episodes_per_step, trainer.state.seconds)
-        batch = training_episodes(config, self.images, step)
+        batch = training_episodes(config, self.images, step, upright=upright)
         loss, accuracy = episode_loss(config, trainer.method, self.parameters, batch, done)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in gradients]), torch.stack([loss.detach(), accuracy])

@@ -106,14 +106,14 @@ class DeviceStep:
         self.rates = torch.zeros_like(self.factors)
         for group, rate in zip(optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate
-        self.waiting: tuple[int, list[NDArray[Any]]] | None = None
+        self.waiting: tuple[tuple[int, bool], list[NDArray[Any]]] | None = None
         # With `vary` or `introduce` each step has shapes of its own, which no graph can hold.
         self.varied = bool(config.vary or config.introduce)
         self.replay = self.capture() if device.type == "cuda" and not self.varied else self.compute
 
-    def draw(self, step: int) -> list[NDArray[Any]]:
+    def draw(self, step: int, upright: bool = False) -> list[NDArray[Any]]:
         """Labels [E, n], targets [E, m], rows and turns [E, n + m], offsets [E, n + m, 2] of a step's episodes."""
-        choice, offsets = training_choice(self.config, self.images, step)
+        choice, offsets = training_choice(self.config, self.images, step, upright)
         choice, offsets = choice.of(self.part), offsets[self.part]
         rows = np.concatenate([choice.support_rows, choice.query_rows], axis=1)  # [E, n + m]
         turns = np.concatenate([choice.support_turns, choice.query_turns], axis=1)  # [E, n + m]
@@ -165,21 +165,24 @@ class DeviceStep:
 
         return replay
 
-    def __call__(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
+    def __call__(
+        self, rate: float, clock: Clock = lambda name: None, upright: bool = False
+    ) -> tuple[float, float, float]:
         """One step with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm."""
-        step = self.state.step
-        ready = self.waiting[1] if self.waiting and self.waiting[0] == step else self.draw(step)
+        which = self.state.step, upright
+        ready = self.waiting[1] if self.waiting and self.waiting[0] == which else self.draw(*which)
         with torch.no_grad():
             for number, array in enumerate(ready):
                 if self.varied:
                     self.inputs[number] = torch.from_numpy(array).to(self.scalars.device)
                 else:
                     self.inputs[number].copy_(torch.from_numpy(array))
-            newest = 1 - average_decay(self.config, step)
+            newest = 1 - average_decay(self.config, which[0])
             self.scalars.copy_(torch.tensor([rate, newest, 0.0]))
         self.replay()
         # The host draws the next episodes while the device works.
-        self.waiting = step + 1, self.draw(step + 1)
+        after = which[0] + 1, upright
+        self.waiting = after, self.draw(*after)
         clock("sample")
         loss, accuracy, norm = self.figures.tolist()
         clock("step")

@@ -23,7 +23,7 @@ from mini_ht.training.device import DeviceStep, set_gradient
 from mini_ht.training.distributed import ALONE, Ranks, join, restarted
 from mini_ht.training.flat import Layout
 from mini_ht.training.log import METRICS, Log, open_board, truncate_metrics
-from mini_ht.training.schedule import average_decay, learning_rate, progress
+from mini_ht.training.schedule import average_decay, is_upright, learning_rate, progress
 from mini_ht.training.statistics import learn_statistics
 from mini_ht.training.workers import Clock, Workers
 
@@ -105,19 +105,19 @@ class Trainer:
         count = min(workers or (1 if ranks.joined else os.cpu_count() or 1), part.stop - part.start)
         self.workers = None if on_gpu else Workers(config, images, self.state.vector, count, part)
 
-    def step(self, rate: float, clock: Clock = lambda name: None) -> tuple[float, float, float]:
+    def step(self, rate: float, clock: Clock = lambda name: None, upright: bool = False) -> tuple[float, float, float]:
         """One update with learning rate `rate`; returns loss, accuracy on the queries, and the gradient's norm.
 
-        Raises InputError, with the parameters unchanged, when loss or gradient is not a number.
+        upright turns no class. Raises InputError, with the parameters unchanged, when loss or gradient is not a number.
         """
         if self.graph:
             with interrupts_wait():
-                loss, accuracy, norm = self.graph(rate, clock)
+                loss, accuracy, norm = self.graph(rate, clock, upright)
                 self.check(loss, norm)
                 self.state.step += 1
             return loss, accuracy, norm
         assert self.workers
-        totals = torch.cat(self.workers.gradient(self.state.step, clock))  # [size + 2]
+        totals = torch.cat(self.workers.gradient(self.state.step, clock, upright))  # [size + 2]
         self.ranks.add_up(totals)
         clock("wait")
         gradient, (loss, accuracy) = totals[:-2], totals[-2:].tolist()
@@ -254,7 +254,7 @@ def follow(trainer: Trainer) -> None:
     config, state = trainer.config, trainer.state
     state.seconds = trainer.ranks.same(0.0)
     while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
-        trainer.step(learning_rate(config, done))
+        trainer.step(learning_rate(config, done), upright=is_upright(config, done))
         state.seconds = trainer.ranks.same(0.0)
     trainer.ranks.leave()
 
@@ -274,7 +274,7 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
             trainer.ranks.same(state.seconds)
             rate = learning_rate(config, done)
             begun = time.perf_counter()
-            loss, accuracy, norm = trainer.step(rate)
+            loss, accuracy, norm = trainer.step(rate, upright=is_upright(config, done))
             now = time.perf_counter()
             state.seconds = now - started
             if log.add(loss, accuracy, norm, rate, now - begun) > DIVERGED * math.log(config.way):

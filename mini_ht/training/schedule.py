@@ -20,6 +20,11 @@ def learning_rate(config: Config, done: float) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * falling))
 
 
+def is_upright(config: Config, done: float) -> bool:
+    """Whether classes are shown as they are, neither turned nor mirrored, at share `done` of the training."""
+    return config.upright > 0 and done >= 1 - config.upright
+
+
 def average_decay(config: Config, step: int) -> float:
     """Decay of the running average of the parameters: short at first, so that the random start is forgotten."""
     return min(config.ema, (1 + step) / (10 + step))

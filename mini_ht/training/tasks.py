@@ -42,25 +42,31 @@ def step_unlabelled(config: Config, rng: np.random.Generator, step: int) -> int:
     return int(rng.integers(min(stage, config.unlabelled), endpoint=True))
 
 
-def training_choice(config: Config, images: ImageSet, step: int) -> tuple[Choice, NDArray[np.integer]]:
+def training_choice(
+    config: Config, images: ImageSet, step: int, upright: bool = False
+) -> tuple[Choice, NDArray[np.integer]]:
     """The episodes of a step: a resumed run continues as if never interrupted.
 
-    Returns which images, and how far each is moved, rows and columns: [E, n + m, 2].
+    upright: no class is turned or mirrored. Returns which images, and how far each is moved, rows and columns:
+    [E, n + m, 2].
     """
     rng = np.random.default_rng([config.seed, TRAINING_STREAM, step])
     task, count, hidden = step_task(config, images, rng) if config.vary else (config.task, 0, 0.0)
     if config.introduce:  # a stream of its own: the episodes are those of a training with always as many
         task["unlabelled"] = step_unlabelled(config, rng.spawn(1)[0], step)
-    choice = choose(images, rng, config.episodes_per_step, rotate=config.rotate, mirror=config.mirror, **task)
+    task |= {"rotate": config.rotate and not upright, "mirror": config.mirror and not upright}
+    choice = choose(images, rng, config.episodes_per_step, **task)
     if config.vary:
         choice = thin(choice, rng, count, hidden)
     total = choice.labels.shape[1] + choice.query_labels.shape[1]
     return choice, rng.integers(-config.shift, config.shift + 1, (config.episodes_per_step, total, 2))
 
 
-def training_episodes(config: Config, images: ImageSet, step: int, part: slice = slice(None)) -> Episodes:
+def training_episodes(
+    config: Config, images: ImageSet, step: int, part: slice = slice(None), upright: bool = False
+) -> Episodes:
     """The images of some of a step's episodes."""
-    choice, offsets = training_choice(config, images, step)
+    choice, offsets = training_choice(config, images, step, upright)
     batch = look_up(images, choice.of(part))
     if not config.shift:
         return batch

@@ -73,6 +73,7 @@ def gradient(
     step: int,
     part: slice = slice(None),
     clock: Clock = lambda name: None,
+    upright: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient [size] of the step's mean loss through the episodes of `part`, and their share of (loss, accuracy) [2].
 
@@ -80,7 +81,7 @@ def gradient(
     work ends.
     """
     device = parameters["logits.xi"].device
-    batch = training_episodes(config, images, step, part)
+    batch = training_episodes(config, images, step, part, upright)
     support, labels, query, targets = (
         torch.from_numpy(array).to(device) for array in (batch.support, batch.labels, batch.query, batch.query_labels)
     )
@@ -131,12 +132,12 @@ class Workers:
             self.connections.append(here)
             self.processes.append(process)
 
-    def gradient(self, step: int, clock: Clock = lambda name: None) -> tuple[Tensor, Tensor]:
+    def gradient(self, step: int, clock: Clock = lambda name: None, upright: bool = False) -> tuple[Tensor, Tensor]:
         """The gradient [size] and (loss, accuracy) [2] of `gradient`; sums are always in the same order."""
         try:
             for connection in self.connections:
-                connection.send(step)
-            total, figures = gradient(self.config, self.parameters, self.images, step, self.own, clock)
+                connection.send((step, upright))
+            total, figures = gradient(self.config, self.parameters, self.images, step, self.own, clock, upright)
             answers: list[Any] = [connection.recv() for connection in self.connections]
         except (EOFError, ConnectionError) as error:
             raise InputError("a worker process ended by itself (out of memory?); try --workers 1") from error
@@ -156,7 +157,7 @@ class Workers:
 
 
 def serve(connection: Connection, config: Config, shared: Shared, vector: Tensor, result: Tensor, part: slice) -> None:
-    """A worker process: for each step number that comes, leave the gradient in `result`; ends when the pipe closes."""
+    """A worker process: for each step that comes, leave the gradient in `result`; ends when the pipe closes."""
     images = shared if isinstance(shared, ImageSet) else ImageSet(shared[0].numpy(), shared[1], ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
     torch.set_num_threads(1)
@@ -164,11 +165,11 @@ def serve(connection: Connection, config: Config, shared: Shared, vector: Tensor
     parameters = Layout(config).leaves(vector)
     while True:
         try:
-            step = connection.recv()
+            step, upright = connection.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            mine, figures = gradient(config, parameters, images, step, part)
+            mine, figures = gradient(config, parameters, images, step, part, upright=upright)
             result.copy_(mine)
             connection.send(figures.tolist())
         except Exception as error:
