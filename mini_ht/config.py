@@ -65,6 +65,7 @@ class Config:
     split: Literal["random", "alphabet"] = "random"  # Omniglot: 1,150 / 50 / 423 characters, or Lake's alphabets
     rotate: bool = True  # Training turns each class of an episode by a random multiple of 90 degrees
     mirror: bool = False  # Training mirrors each class of an episode or not, at random
+    turned: float = 1.0  # Share of the training episodes whose classes are turned or mirrored; others are upright
     upright: float = 0.0  # Last fraction of the training, in which classes are neither turned nor mirrored
     shift: int = 0  # Training moves each image by up to as many pixels, at random
     protocol: Literal["disjoint", "released"] = "disjoint"  # May support images be queries, too (released)?
@@ -162,7 +163,7 @@ class Config:
 LEAST: dict[str, float] = {
     **dict.fromkeys("shot queries channels image_channels blocks encoding layers heads episodes_per_step".split(), 1),
     **dict.fromkeys("unlabelled vary introduce inner_width shared_features local_features shift seed".split(), 0),
-    **dict.fromkeys("minutes episodes learning_rate weight_decay warmup decay clip shrink upright".split(), 0),
+    **dict.fromkeys("minutes episodes learning_rate weight_decay warmup decay clip shrink turned upright".split(), 0),
     **dict.fromkeys(["key_width", "value_width"], 0.05),
     "way": 2,
     "conv_rate": 0.001,
@@ -171,9 +172,10 @@ LEAST: dict[str, float] = {
 MOST: dict[str, float] = {
     **dict.fromkeys("image_size channels shared_features local_features encoding".split(), 4096),
     **dict.fromkeys("blocks layers heads image_channels key_width value_width inner_width".split(), 100),
-    **dict.fromkeys(["shrink", "decay", "upright"], 1),
+    **dict.fromkeys(["shrink", "decay", "turned", "upright"], 1),
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.
 LATER: dict[str, Any] = {"vary": 0, "introduce": 0, "shrink": 0.9, "conv_rate": 1.0, "start": "", "upright": 0.0}
 LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False, "shared_convs": "strided", "decay": 1.0}
+LATER |= {"turned": 1.0}

@@ -54,6 +54,7 @@ def choose(
     unlabelled: int = 0,
     rotate: bool = False,
     mirror: bool = False,
+    turned: float = 1.0,
     protocol: str = "disjoint",
 ) -> Choice:
     """Draw which images make a batch of episodes; arguments and errors are those of `sample`."""
@@ -81,6 +82,8 @@ def choose(
     else:
         support_drawn, query_drawn = draw(rng, counts, support_count), draw(rng, counts, queries)
     turns = rng.integers(0, 4 if rotate else 1, classes.shape) + 4 * rng.integers(0, 2 if mirror else 1, classes.shape)
+    if turned < 1:  # a stream of its own: the images are those of a sampling in which all are turned
+        turns *= rng.spawn(1)[0].random((episodes, 1)) < turned
     labels = np.broadcast_to(np.arange(way)[:, None], support_drawn.shape).copy()  # [E, way, support_count]
     labels[..., :unlabelled] = -1
     first = images.starts[classes][..., None]  # [E, way, 1]
@@ -130,8 +133,9 @@ def sample(
         task: what `choose` takes: way, shot, queries, unlabelled are classes, and images a class in the support set
             (labelled), in the query set, and in the support set (unlabelled), and labels 0 .. way-1 go to the drawn
             classes at random; rotate turns each class of an episode by a random multiple of 90 degrees, support and
-            query alike; mirror mirrors it or not; protocol "disjoint" keeps support images out of the query,
-            "released" draws the two independently, as the released code does.
+            query alike; mirror mirrors it or not; both do so in a share `turned` of the episodes, whose others are
+            upright; protocol "disjoint" keeps support images out of the query, "released" draws the two independently,
+            as the released code does.
 
     Raises:
         InputError: too few classes or images.

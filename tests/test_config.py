@@ -96,7 +96,7 @@ def test_layers_that_do_not_exist(choice):
         ({"image_size": 15}, r"image_size 15 is too small: 4 blocks want at least 16 pixels"),
         ({"allocation": "spatial", "generate_bias": True}, r"'spatial' has no slice for a channel's bias"),
         ({"allocation": "spatial", "generate_norm": True}, r"'spatial' has no slice for a channel's bias or norm: use"),
-        *[({name: 1.5}, rf"{name} is 1.5; it must be at most 1") for name in ("shrink", "decay")],
+        *[({name: 1.5}, rf"{name} is 1.5; it must be at most 1") for name in ("shrink", "decay", "turned")],
         *[({name: -0.1}, r"must each lie in \[0, 1\)") for name in ("ema", "label_smoothing", "slope")],
         *[({name: 1}, r"must each lie in \[0, 1\)") for name in ("ema", "label_smoothing", "slope")],
     ],

@@ -94,7 +94,15 @@ def test_rows_are_commands(tmp_path):
     upright = [*rows.UPRIGHT_TIMES["1"], *rows.UPRIGHT, "--seed", "1"]
     upright += ["--start", "runs/omniglot/1shot-8ch-logits-long-seed1"]
     assert rows.training("1shot-8ch-logits-long-upright-seed1")[2:] == upright
-    wrong = "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-strided 1shot-8ch-all-seed1-quick ../1shot-8ch-all "
+    turned = [*time, "--turned", "1"]
+    assert rows.training("1shot-8ch-all-turned")[2:] == turned
+    start = ["--start", "runs/omniglot/1shot-8ch-all-turned", *rows.RATE]
+    assert rows.training("5shot-8ch-all-turned")[2:] == [*rows.TIMES["5"], *turned[-2:], *start]
+    strided = [*rows.STRIDED_TIMES["1"], *rows.STRIDED, *turned[-2:], *rows.STRIDED_RATE]
+    assert rows.training("1shot-8ch-logits-strided")[2:] == strided
+    wrong = (
+        "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-quick-turned 1shot-8ch-all-seed1-quick ../1shot-8ch-all "
+    )
     wrong += "1shot-8ch-all-upright-quick"
     for name in wrong.split():
         with pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""Steps with tasks of their own: of every kind, with ever more unlabelled images, and in the end upright."""
+"""Steps with tasks of their own: of every kind, with ever more unlabelled images, some upright, in the end all."""
 
 from __future__ import annotations
 
@@ -71,11 +71,40 @@ def test_an_upright_step_turns_no_class(seed, rotate, mirror):
     """It has the classes and images that it would have otherwise, as they are."""
     images = blank(8, 4)
     config = Config(way=4, seed=seed, queries=2, rotate=rotate, mirror=mirror, episodes_per_step=40)
-    (turned, _), (upright, _) = training_choice(config, images, 3), training_choice(config, images, 3, upright=True)
+    turned, upright = (training_choice(config, images, 3, upright=end)[0] for end in (False, True))
     kinds = {turn + 4 * flip for turn in range(4 if rotate else 1) for flip in range(2 if mirror else 1)}
     assert set(turned.query_turns.flat) == kinds and not upright.support_turns.any() and not upright.query_turns.any()
     for name in ("classes", "labels", "support_rows", "query_rows"):
         np.testing.assert_array_equal(getattr(turned, name), getattr(upright, name))
+
+
+@given(seed=seeds, share=st.floats(0, 1), shift=st.integers(0, 2))
+def test_some_episodes_are_turned(seed, share, shift):
+    """An episode is turned as in a training that turns all of them, or not at all; nothing else depends on the share.
+
+    The more are wanted, the more are turned, and those that a smaller share turns are among them.
+    """
+    images, config = blank(8, 4), Config(way=4, seed=seed, queries=2, mirror=True, shift=shift, episodes_per_step=40)
+    (every, moves), (some, same), (fewer, _) = (
+        training_choice(dataclasses.replace(config, turned=part), images, 3) for part in (1.0, share, share / 2)
+    )
+    turned, less = some.query_turns.any(1), fewer.query_turns.any(1)  # [E]
+    assert (less <= turned).all() and not (turned.any() and share == 0)
+    for name in ("support_turns", "query_turns"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(every, name) * turned[:, None])
+    for name in ("classes", "labels", "support_rows", "query_rows"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(every, name))
+    np.testing.assert_array_equal(moves, same)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_the_wanted_share_is_turned(share):
+    """Over many episodes the share of turned ones is the wanted one; classes of a turned one are each turned anew."""
+    config = Config(way=8, turned=share, mirror=True, episodes_per_step=4000)
+    turns = training_choice(config, blank(8, 4), 0)[0].support_turns  # [E, way]
+    turned = turns.any(1)  # all of 8 classes upright by chance: once in 16 million
+    assert abs(turned.mean() - share) < 5 * np.sqrt(share * (1 - share) / len(turned))
+    assert np.abs(np.bincount(turns[turned].flat) / turns[turned].size - 1 / 8).max() < 0.02
 
 
 def test_a_training_ends_upright(tmp_path, monkeypatch):

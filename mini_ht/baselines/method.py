@@ -20,11 +20,11 @@ from mini_ht.training.flat import Layout
 Name = Literal["prototypes", "maml", "maml++"]
 NAMES: tuple[Name, ...] = get_args(Name)
 
-# What differs from the presets, which are for HyperTransformers; chosen on validation characters.
+# What differs from the presets, which are for HyperTransformers; chosen on validation characters, all classes turned.
 RECIPES: dict[str, dict[str, Any]] = {
-    "prototypes": {"learning_rate": 2e-2, "conv_rate": 1.0, "episodes_per_step": 8, "decay": 1.0},
-    "maml": {"learning_rate": 1e-2, "conv_rate": 1.0, "episodes_per_step": 8, "decay": 1.0},
-    "maml++": {"learning_rate": 1e-2, "conv_rate": 5.0, "episodes_per_step": 8, "decay": 1.0},
+    "prototypes": {"learning_rate": 2e-2, "conv_rate": 1.0, "episodes_per_step": 8, "decay": 1.0, "turned": 1.0},
+    "maml": {"learning_rate": 1e-2, "conv_rate": 1.0, "episodes_per_step": 8, "decay": 1.0, "turned": 1.0},
+    "maml++": {"learning_rate": 1e-2, "conv_rate": 5.0, "episodes_per_step": 8, "decay": 1.0, "turned": 1.0},
 }
 
 

@@ -27,7 +27,7 @@ from mini_ht.parameters import generator_size
 from mini_ht.training.loop import train
 
 FILE = Path(__file__).with_name("ablations.jsonl")
-BASE = mini_ht.preset("omniglot-20way-1shot-4ch")
+BASE = dataclasses.replace(mini_ht.preset("omniglot-20way-1shot-4ch"), turned=1.0)  # as when this began
 EVALUATED = 400  # episodes
 # The grid: each name is a field and its value; BASE has the values that are missing.
 GRID: dict[str, tuple[Any, ...]] = {

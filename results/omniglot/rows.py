@@ -6,13 +6,14 @@
     python results/omniglot/rows.py table
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the
-logits layer) or logits. Behind that may stand strided (logits only: with the recipe that these presets had before),
-quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores), long (130 more minutes for the
-generator of the row without that word, trained before), more (45 minutes of two cores instead, the last quarter with
-classes neither turned nor mirrored) or longer (60 more minutes of two cores for that of the row with long), upright
-(16 more minutes of a core, all like that quarter, for that of the row without this word), alphabet (Lake's split) and
-seedS, in this order. Other rows of 5 shots begin with the generator for one shot, trained before. A run goes on where
-it was stopped; what is measured is kept in a folder of the row's name beside this file.
+logits layer) or logits. Behind that may stand turned (with the recipe that these presets had before: all episodes
+turned) or strided (the one before that), quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores),
+hour (60 more minutes of two cores for the generator of the row without that word, trained before), long (130 minutes of
+one core instead), more (45 minutes of two cores instead, the last quarter with classes neither turned nor mirrored) or
+longer (60 more minutes of two cores for that of the row with long), upright (16 more minutes of a core, all like that
+quarter, for that of the row without this word), alphabet (Lake's split) and seedS, in this order. Other rows of 5
+shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is
+kept in a folder of the row's name beside this file.
 """
 
 import argparse
@@ -33,19 +34,20 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits|logits-strided)(?:-(quick|short|longer|long|more))?(-upright)?(-alphabet)?"
-    r"(-seed\d+)?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(turned|strided))?(?:-(quick|short|hour|longer|long|more))?"
+    r"(-upright)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 LENGTHS = {
     "quick": ["--episodes", "40960", "--workers", "1"],  # counted in episodes, a row can be repeated
     "short": ["--minutes", "7.5", "--workers", "2"],
-    "long": ["--minutes", "130", "--workers", "1"],  # more than the row without this word has had
+    "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
+    "long": ["--minutes", "130", "--workers", "1"],  # the same
     "longer": ["--minutes", "60", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and more than long
     "more": ["--minutes", "45", "--workers", "2", *AVERAGED, "--upright", "0.25"],
 }
-EARLIER = {"long": "", "more": "", "longer": "-long"}  # with which a row begins, in place of its own word
+EARLIER = {"hour": "", "long": "", "more": "", "longer": "-long"}  # with which a row begins, in place of its own word
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
@@ -77,15 +79,16 @@ def training(row: str) -> list[str]:
     """The command that trains a row, behind `mini-ht`; without data and run folder. InputError for another name."""
     if not (found := NAME.fullmatch(row)):
         raise InputError(f"{row!r} is no row; wanted a name such as 1shot-8ch-logits or 5shot-16ch-all-alphabet-seed1")
-    shot, channels, layers, length, upright, alphabet, seed = found.groups()
-    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers.startswith("logits") else "")
+    shot, channels, layers, recipe, length, upright, alphabet, seed = found.groups()
+    name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
     preset(name)
-    strided, longer = layers.endswith("strided"), length in EARLIER and shot == "1"
+    strided, longer = recipe == "strided", length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     more = [*(LENGTHS[length] if length in ("quick", "short") or longer else usual)]
     more += STRIDED if strided else []
     if upright:
         more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
+    more += ["--turned", "1"] if recipe else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     more += ["--seed", seed[5:]] if seed else []

@@ -27,7 +27,7 @@ from mini_ht.training.checkpoint import STATE
 from mini_ht.training.loop import train
 
 PRESET = "omniglot-20way-1shot-8ch-logits"
-RECIPE = {"shared_convs": "strided", "learning_rate": 2e-3, "decay": 1.0}  # the preset's own when this began
+RECIPE = {"shared_convs": "strided", "learning_rate": 2e-3, "decay": 1.0, "turned": 1.0}  # the preset's own then
 EPISODES = 40_960  # of a training
 UNLABELLED, COUNTS = 9, (0, 1, 3, 5, 9)  # images a class, in training at most, and in the test
 TEST_EPISODES, QUERIES = 1000, 5
