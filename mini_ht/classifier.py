@@ -65,15 +65,15 @@ class HyperTransformerClassifier:
         self.classes_ = self.task_.classes_
         return self
 
-    def predict(self, X: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
-        """The class of each image, [m]; an answer does not depend on the other images."""
+    def predict(self, X: Sequence[Any] | NDArray[Any], views: int = 1) -> NDArray[Any]:
+        """The class of each image, [m], seen at 1, 5 or 9 places; an answer does not depend on the other images."""
         self._check_fitted()
-        return self.task_.predict(X)
+        return self.task_.predict(X, views)
 
-    def predict_proba(self, X: Sequence[Any] | NDArray[Any]) -> NDArray[np.floating]:
+    def predict_proba(self, X: Sequence[Any] | NDArray[Any], views: int = 1) -> NDArray[np.floating]:
         """Probabilities [m, way], in the order of `classes_`."""
         self._check_fitted()
-        return self.task_.predict_proba(X)
+        return self.task_.predict_proba(X, views)
 
     def score(self, X: Sequence[Any] | NDArray[Any], y: Sequence[Any] | NDArray[Any]) -> float:
         """The share of images whose class is predicted rightly."""

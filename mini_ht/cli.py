@@ -76,6 +76,7 @@ class Evaluate:
     episodes: Annotated[int, arg(help="Episodes; quote nothing below 1,000.")] = 1000
     norm: Annotated[Literal["batch", "support"] | None, arg(help="Norm statistics of the query pass.")] = None
     views: Annotated[Literal[1, 5, 9], arg(help="Places at which support images are seen.")] = 1
+    query_views: Annotated[Literal[1, 5, 9], arg(help="Places at which query images are seen.")] = 1
     protocol: Annotated[Literal["disjoint", "released"], arg(help="released: support images may be queries.")] = (
         "disjoint"
     )
@@ -143,8 +144,8 @@ def evaluate(options: Evaluate) -> None:
     given = {name: getattr(options, name) for name in ("shot", "unlabelled", "queries", "protocol")}
     task = config.task | {"way": way} | {name: value for name, value in given.items() if value is not None}
     norm = options.norm or config.norm
-    test = images[options.part]
-    figures = measure(parameters, config, test, task, options.episodes, norm, options.seed, options.views)
+    how = (options.episodes, norm, options.seed, options.views, options.query_views)
+    figures = measure(parameters, config, images[options.part], task, *how)
     figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
     print(json.dumps(figures) if options.json else describe(figures))
 

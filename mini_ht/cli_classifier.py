@@ -48,6 +48,7 @@ class Predict:
 
     classifier: Annotated[Positional[Path], arg(help="A file that 'mini-ht adapt' wrote.")]
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...", help="Image files.")]
+    views: Views = 1
     json: Annotated[bool, arg(name="json", help="Print one line of JSON instead of a table.")] = False
 
 
@@ -107,7 +108,7 @@ def predict(options: Predict) -> None:
         raise InputError("no image was given; name at least one")
     classifier = load_classifier(options.classifier)
     names = [str(name) for name in classifier.classes_]
-    rows = classifier.predict_proba(options.images)
+    rows = classifier.predict_proba(options.images, options.views)
     if options.json:
         found = [
             {

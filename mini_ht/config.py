@@ -176,6 +176,5 @@ MOST: dict[str, float] = {
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.
-LATER: dict[str, Any] = {"vary": 0, "introduce": 0, "shrink": 0.9, "conv_rate": 1.0, "start": "", "upright": 0.0}
+LATER: Any = {"vary": 0, "introduce": 0, "upright": 0, "shrink": 0.9, "conv_rate": 1, "turned": 1, "start": ""}
 LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False, "shared_convs": "strided", "decay": 1.0}
-LATER |= {"turned": 1.0}

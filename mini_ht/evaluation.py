@@ -14,7 +14,7 @@ from mini_ht.config import Config, Norm
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import Episodes, sample
 from mini_ht.errors import InputError
-from mini_ht.views import generate_from_views
+from mini_ht.views import generate_from_views, logits_from_views
 
 EVALUATION_STREAM = 2  # keeps evaluation episodes apart from training episodes of the same seed
 QUERIES = 5  # a class; as many as in the released evaluation, whose query batches hold 100 images
@@ -54,12 +54,18 @@ def affordable_queries(images: ImageSet, config: Config, most: int) -> int:
 
 
 def evaluate(
-    parameters: Parameters, config: Config, batches: Iterator[Episodes], norm: Norm | None = None, views: int = 1
+    parameters: Parameters,
+    config: Config,
+    batches: Iterator[Episodes],
+    norm: Norm | None = None,
+    views: int = 1,
+    query_views: int = 1,
 ) -> Score:
     """Accuracy of the CNNs generated for the support set of each episode, on its query images.
 
     parameters may be NumPy or torch (then on their device, without gradients); norm defaults to the config's; views: at
-    how many places the generator sees each support image, see `generate_from_views`.
+    how many places the generator sees each support image, see `generate_from_views`; query_views: and the CNN each
+    query image, see `logits_from_views`.
     """
     config = dataclasses.replace(config, norm=norm or config.norm)
 
@@ -67,7 +73,7 @@ def evaluate(
         convert, back = converters(parameters)
         support, labels = convert(batch.support), convert(batch.labels)
         cnn = generate_from_views(parameters, config, support, labels, views=views, check=False)
-        return back(cnn(convert(batch.query)).argmax(-1))  # [E, m]
+        return back(logits_from_views(cnn, convert(batch.query), query_views).argmax(-1))  # [E, m]
 
     return score(classify, batches)
 

@@ -61,8 +61,9 @@ def local_features(parameters: Parameters, layer: Layer, activations: Array) -> 
         if number:
             x = relu(x)
         if conv is layer.local[-1]:  # nobody sees its map, and the mean of a conv is the conv of a mean
-            seen = as_floats(mean_neighbourhood(x, conv), weight)  # [E * n, k * k * Cin]
-            means.append(seen @ weight.reshape(-1, conv.outputs) + bias)
+            seen = as_floats(mean_neighbourhood(x, conv), weight).reshape(episodes, images, -1)  # [E, n, k * k * Cin]
+            # A product for each episode: with one for all, some BLAS round by how many there are.
+            means.append((seen @ weight.reshape(-1, conv.outputs) + bias).reshape(len(x), -1))  # [E * n, width]
         else:
             x = conv2d(x, weight, bias, conv.stride)
             means.append(as_floats(x.mean((1, 2)), weight))  # [E * n, width]

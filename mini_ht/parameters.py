@@ -191,7 +191,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[np.floating]],
 def load_pretrained(name: str = "omniglot") -> tuple[dict[str, NDArray[np.floating]], Config]:
     """Parameters (NumPy, float32) and config of a generator that comes with the package.
 
-    "omniglot": 20-way 1-shot, 8 channels, after 40 minutes; "omniglot-any": 2 to 20 classes of 1 to 10 images each.
+    "omniglot": 20-way 1-shot, 8 channels, writes all layers; "omniglot-1shot": the last one, better with one image a
+    class; "omniglot-any": all layers, for 2 to 20 classes of 1 to 10 images each.
     Their cards are in docs/pretrained.md. Raises InputError for an unknown name.
     """
     known = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mini_ht.attention import softmax
 from mini_ht.ink import prepare
+from mini_ht.views import logits_from_views
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class TaskClassifier:
         """Paths or arrays, see `mini_ht.ink.prepare`, as the network reads them: [m, H, W, C] in [0, 1]."""
         return prepare(images, self.preprocess, self.image_shape, self.polarity)
 
-    def predict(self, images: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
-        """The class of each image, [m]. Raises InputError for images that cannot be read."""
-        return self.classes_[self.network(self.prepare(images)).argmax(-1)]
+    def predict(self, images: Sequence[Any] | NDArray[Any], views: int = 1) -> NDArray[Any]:
+        """The class of each image, [m], seen at 1, 5 or 9 places. Raises InputError for images that cannot be read."""
+        return self.classes_[self.predict_proba(images, views).argmax(-1)]
 
-    def predict_proba(self, images: Sequence[Any] | NDArray[Any]) -> NDArray[np.floating]:
-        """Probabilities [m, way], in the order of `classes_`."""
-        return softmax(self.network(self.prepare(images)))
+    def predict_proba(self, images: Sequence[Any] | NDArray[Any], views: int = 1) -> NDArray[np.floating]:
+        """Probabilities [m, way], in the order of `classes_`; views, and errors, as above."""
+        return softmax(logits_from_views(self.network, self.prepare(images), views))
 
 
 def class_array(names: Sequence[Any]) -> NDArray[Any]:

@@ -1,10 +1,12 @@
-"""Views: the generator sees each support image where it is and a pixel beside, and the CNN gets the mean weights.
+"""Views: images are seen where they are and a pixel beside; of support images the CNN gets the mean weights.
 
 A drawing's features depend on where max-pools happen to cut it; their mean over places does less. The CNN keeps its
-size and its cost, only writing it costs more. Training has no use for it (docs/recipe.md).
+size; writing it costs more, and so does classifying, where queries are seen so, too: their logits are averaged.
+Training has no use for it (docs/recipe.md).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mini_ht.arrays import Array, Parameters, namespace
@@ -47,6 +49,15 @@ def generate_from_views(
     return dataclasses.replace(mean_over_views(cnn, views), batched=batched)
 
 
+def logits_from_views(network: Callable[[Array], Array], images: Array, views: int) -> Array:
+    """The mean of a network's logits over the places of its images: [..., m, H, W, C] -> [..., m, way].
+
+    network: a GeneratedCNN, or what else gives logits; it runs `views` times. views, and errors, as above.
+    """
+    check_views(views)
+    return sum(network(moved(images, *move)) for move in MOVES[:views]) / views
+
+
 def check_views(views: int) -> None:
     """InputError unless it is one of the numbers of views that there are."""
     if views not in VIEWS or not hasattr(views, "__index__"):  # 5.0 is among them, and no count
@@ -54,12 +65,11 @@ def check_views(views: int) -> None:
 
 
 def moved(images: Array, rows: int, columns: int) -> Array:
-    """Images [E, n, H, W, C] moved down and to the right (or back, below 0); zeros come in."""
-    height, width = images.shape[2:4]
+    """Images [..., H, W, C] moved down and to the right (or back, below 0); zeros come in."""
     result = namespace(images).zeros_like(images)
-    result[:, :, max(0, rows) : height + min(0, rows), max(0, columns) : width + min(0, columns)] = images[
-        :, :, max(0, -rows) : height + min(0, -rows), max(0, -columns) : width + min(0, -columns)
-    ]
+    sizes = list(zip(images.shape[-3:-1], (rows, columns), strict=True))
+    to, come = ([slice(max(0, s * k), size + min(0, s * k)) for size, k in sizes] for s in (1, -1))
+    result[(..., *to, slice(None))] = images[(..., *come, slice(None))]
     return result
 
 

@@ -158,8 +158,9 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     assert rows.percent(kept[1]) in rows.table().splitlines()[2] and "| 32 |" in rows.table()
     rows.measure_views(row, data, tmp_path / "run")
     seen = [json.loads(text) for text in (tmp_path / row / "views.jsonl").read_text().splitlines()]
-    assert [figures["views"] for figures in kept + seen] == [1, 1, 9, 9]
-    assert kept[0]["accuracy"] != seen[0]["accuracy"] and rows.percent(seen[1]) in rows.table().splitlines()[2]
+    assert [figures["views"] for figures in kept + seen] == [1, 1, 9, 9, 9, 9]
+    assert [figures["query_views"] for figures in kept + seen] == [1, 1, 1, 1, 9, 9]
+    assert kept[0]["accuracy"] != seen[0]["accuracy"] and rows.percent(seen[3]) in rows.table().splitlines()[2]
     monkeypatch.setattr(rows, "train", lambda row, data_dir, run_dir: shutil.copytree(tmp_path / "run", run_dir))
     assert rows.check(row, data).startswith("reproduced")
     kept[0]["accuracy"] += 0.5

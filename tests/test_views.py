@@ -1,4 +1,4 @@
-"""Laws of views: what it means that a generator sees support images at several places."""
+"""Laws of views: what it means that a generator sees support images, and a CNN its queries, at several places."""
 
 import dataclasses
 
@@ -11,9 +11,12 @@ from tolerances import assert_all_close, assert_close, assert_different, content
 
 from mini_ht import Config, HyperTransformerClassifier, InputError, draw_parameters, generate
 from mini_ht.adaptation import adapt, open_generator
+from mini_ht.classifier_file import load_classifier
 from mini_ht.cli import main
+from mini_ht.datasets import glyphs
 from mini_ht.episodes import shifted
-from mini_ht.views import MOVES, VIEWS, check_views, generate_from_views, moved
+from mini_ht.evaluation import evaluate, evaluation_episodes, score
+from mini_ht.views import MOVES, VIEWS, check_views, generate_from_views, logits_from_views, moved
 
 
 @given(data=st.data())
@@ -30,6 +33,26 @@ def test_the_weights_are_the_mean_of_those_from_the_moved_images(library, data):
     parts = library.to((case.support[0], case.labels[0], None if case.mask is None else case.mask[0]))
     alone = generate_from_views(library.to(case.parameters), case.config, *parts, views=views)
     assert_close(library.back(alone(library.to(case.query[0]))), library.back(cnn(library.to(case.query)))[0])
+
+
+@given(data=st.data())
+def test_logits_from_views_are_the_mean_of_those_of_moved_queries(library, data):
+    """In both norm modes and with absent classes: the mean of the CNN's logits over each place, alone or in a batch.
+
+    With one view they are the CNN's own, to the bit.
+    """
+    views = data.draw(st.sampled_from(VIEWS))
+    case = data.draw(cases(queries=(2, 4)))
+    cnn = case.generate(library)
+    places = [library.back(cnn(library.to(moved(case.query, *move)))) for move in MOVES[:views]]
+    found = library.back(logits_from_views(cnn, library.to(case.query), views))
+    assert_close(found, np.mean(places, axis=0))
+    if views == 1:
+        np.testing.assert_array_equal(found, places[0])
+    one = case.replace(config=dataclasses.replace(case.config, norm="support")).generate(library)
+    alone = [logits_from_views(one, library.to(case.query[:, k : k + 1]), views) for k in range(case.query.shape[1])]
+    together = library.back(logits_from_views(one, library.to(case.query), views))
+    assert_close(np.concatenate([library.back(part) for part in alone], axis=1), together)
 
 
 @given(seed=seeds, rows=st.integers(-2, 2), columns=st.integers(-2, 2))
@@ -54,6 +77,8 @@ def test_other_numbers_of_views_are_refused(views):
         check_views(views)
     with pytest.raises(InputError, match="views is"):
         adapt(open_generator("omniglot"), [], views=views)
+    with pytest.raises(InputError, match="views is"):
+        logits_from_views(lambda images: images, np.zeros((1, 4, 4, 1)), views)
 
 
 def test_support_sets_that_do_not_fit_are_refused():
@@ -86,17 +111,56 @@ def test_a_classifier_from_views():
         )
 
 
+@pytest.mark.parametrize("norm", ["batch", "support"])
+def test_accuracy_from_query_views(norm):
+    """`evaluate` with views of support and query images is the accuracy of the mean logits of the mean CNN."""
+    config = Config(way=3, encoding=8, image_size=16, shared_features=4, local_features=3, norm=norm)
+    parameters, images = draw_parameters(config, 0), glyphs(5, 6, drawings=6, size=16)
+
+    def batches():
+        return evaluation_episodes(images, 24, way=3, shot=1, queries=4)
+
+    def classify(batch):
+        cnn = generate_from_views(parameters, config, batch.support, batch.labels, views=5)
+        return sum(cnn(moved(batch.query, *move)) for move in MOVES).argmax(-1)
+
+    found = evaluate(parameters, config, batches(), views=5, query_views=9)
+    assert found == score(classify, batches())
+    assert len({evaluate(parameters, config, batches(), query_views=views).accuracy for views in VIEWS}) > 1
+
+
+def test_a_classifier_sees_images_at_several_places(tmp_path):
+    """The estimator and the file that it exports answer by the mean logits of as many places as are asked for."""
+    config = Config(way=3, encoding=8, image_size=16, shared_features=4, local_features=3)
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((6, 16, 16, 1)).astype(np.float32), list("abcabc")
+    classifier = HyperTransformerClassifier((draw_parameters(config, 0), config), "none").fit(images, labels)
+    classifier.export(tmp_path / "a.npz")
+    network = classifier.task_.network
+    for views in VIEWS:
+        logits = np.mean([network(moved(images, *move)) for move in MOVES[:views]], axis=0)
+        odds = np.exp(logits - logits.max(-1, keepdims=True))
+        for one in (classifier, load_classifier(tmp_path / "a.npz")):
+            assert_close(one.predict_proba(images, views), odds / odds.sum(-1, keepdims=True), "float32")
+            assert list(one.predict(images, views)) == ["abc"[k] for k in logits.argmax(-1)]
+    assert_different(classifier.predict_proba(images, 9), classifier.predict_proba(images))
+    with pytest.raises(InputError, match=r"views is 2; choose one of 1, 5, 9"):
+        classifier.predict(images, views=2)
+
+
 def test_the_commands_take_views(capsys):
-    """adapt, adapt-many and evaluate know --views, and refuse other numbers with the choice."""
-    for command in (
-        ["adapt", "omniglot", "a", "-o", "a.npz"],
-        ["adapt-many", "omniglot", "a", "-o", "b"],
-        ["evaluate", "a"],
+    """adapt, adapt-many, predict and evaluate know --views, and refuse other numbers with the choice."""
+    for command, option in (
+        (["adapt", "omniglot", "a", "-o", "a.npz"], "--views"),
+        (["adapt-many", "omniglot", "a", "-o", "b"], "--views"),
+        (["predict", "a.npz", "b.png"], "--views"),
+        (["evaluate", "a"], "--views"),
+        (["evaluate", "a"], "--query-views"),
     ):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
-        assert "--views {1,5,9}" in " ".join(capsys.readouterr().out.split())
+        assert f"{option} {{1,5,9}}" in " ".join(capsys.readouterr().out.split())
         with pytest.raises(SystemExit) as refused:
-            main([*command, "--views", "3"])
-        text = "".join(capsys.readouterr())
+            main([*command, option, "3"])
+        text = " ".join("".join(capsys.readouterr()).replace("│", " ").split())
         assert refused.value.code == 2 and "'3'" in text and "'1', '5', '9'" in text

@@ -285,8 +285,8 @@ print(f"... and {len(presets()) - 3} more")
 #     mini-ht train omniglot-20way-1shot-8ch-logits --minutes 32 --run-dir runs/omniglot
 #     mini-ht evaluate runs/omniglot --episodes 1000 --json
 #
-# On two cores of a Xeon this gave 91.15 +- 0.26 % on 20-way 1-shot with unseen characters: 1,000 episodes, disjoint,
-# norm ``batch``. Pixels reach 24.61 %, chance is 5 %; ``docs/results.md`` has it all. ``-logits`` means that the last
+# On two slow cores this gave 90.08 +- 0.26 % on 20-way 1-shot with unseen characters: 1,000 episodes, disjoint, norm
+# ``batch``. Pixels reach 24.61 %, chance is 5 %; ``docs/results.md`` has it all. ``-logits`` means that the last
 # layer is written for each task and the convs are shared by all (tutorial 08).
 #
 # A generator that writes all layers, trained before for 40 minutes, comes with the package. We measure it on

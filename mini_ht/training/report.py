@@ -35,6 +35,7 @@ def measure(
     norm: Norm,
     seed: int = 0,
     views: int = 1,
+    query_views: int = 1,
 ) -> dict[str, Any]:
     """Accuracy on episodes drawn from `images`, its interval, the yardsticks, and all that defines the number."""
     start = time.perf_counter()
@@ -44,16 +45,17 @@ def measure(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        score = evaluate(to_torch(parameters, device), config, batches(), norm, views)
+        score = evaluate(to_torch(parameters, device), config, batches(), norm, views, query_views)
     yardsticks = {"chance": 1 / task["way"], "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy}
     seconds = round(time.perf_counter() - start, 2)
-    how = {"norm": norm, "views": views, "seed": seed, "seconds": seconds}
+    how = {"norm": norm, "views": views, "query_views": query_views, "seed": seed, "seconds": seconds}
     return dataclasses.asdict(score) | yardsticks | dict(task) | how
 
 
 def describe(figures: Mapping[str, Any]) -> str:
     """The figures of `measure` as text."""
-    views = f", {figures['views']} views" if figures["views"] > 1 else ""
+    counts = {"views": figures["views"], "query views": figures["query_views"]}
+    views = "".join(f", {count} {name}" for name, count in counts.items() if count > 1)
     return (
         f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of unseen classes, "
         f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}{views}\n"

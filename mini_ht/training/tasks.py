@@ -54,8 +54,7 @@ def training_choice(
     task, count, hidden = step_task(config, images, rng) if config.vary else (config.task, 0, 0.0)
     if config.introduce:  # a stream of its own: the episodes are those of a training with always as many
         task["unlabelled"] = step_unlabelled(config, rng.spawn(1)[0], step)
-    turning = {"rotate": config.rotate and not upright, "mirror": config.mirror and not upright}
-    task |= turning | {"turned": config.turned}
+    task |= {"rotate": config.rotate and not upright, "mirror": config.mirror and not upright, "turned": config.turned}
     choice = choose(images, rng, config.episodes_per_step, **task)
     if config.vary:
         choice = thin(choice, rng, count, hidden)

@@ -67,7 +67,7 @@ PAPER = {  # 20-way, table 1 of arXiv 2201.04182: logits layer generated; MAML++
 COLUMNS = [
     "row",
     *map(", ".join, WAYS),
-    *(f"{', '.join(way)}, {VIEWS} views" for way in WAYS[:2]),
+    *(f"{', '.join(way)}, {VIEWS} views{more}" for more in ("", ", queries too") for way in WAYS[:2]),
     "episodes",
     "minutes",
     "generator, CNN",
@@ -112,9 +112,12 @@ def train(row: str, data_dir: str, run_dir: Path) -> None:
     mini_ht(*training(row), "--data-dir", data_dir, "--run-dir", str(run_dir), *more)
 
 
-def measure(run_dir: Path, data_dir: str, protocol: str, norm: str, views: str = "1") -> dict[str, Any]:
+def measure(
+    run_dir: Path, data_dir: str, protocol: str, norm: str, views: str = "1", query_views: str = "1"
+) -> dict[str, Any]:
     """Figures of a trained row on episodes of test characters."""
-    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--views", views]
+    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm]
+    options += ["--views", views, "--query-views", query_views]
     return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
 
 
@@ -131,8 +134,9 @@ def run(row: str, data_dir: str, run_dir: Path) -> None:
 
 
 def measure_views(row: str, data_dir: str, run_dir: Path) -> None:
-    """Measure a trained row where the generator sees each support image at 9 places."""
-    write_lines(HERE / row / "views.jsonl", [measure(run_dir, data_dir, *way, VIEWS) for way in WAYS[:2]])
+    """Measure a trained row where the generator sees each support image at 9 places, then the CNN each query, too."""
+    figures = [measure(run_dir, data_dir, *way, VIEWS, queries) for queries in ("1", VIEWS) for way in WAYS[:2]]
+    write_lines(HERE / row / "views.jsonl", figures)
 
 
 def write_lines(file: Path, figures: Iterable[dict[str, Any]]) -> None:
@@ -171,7 +175,8 @@ def cells(texts: Iterable[str]) -> str:
 def line(row: str) -> str:
     """A row of the table."""
     figures = [percent(one) for one in read_lines(HERE / row / "evaluate.jsonl")]
-    views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")] or ["", ""]
+    views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")]
+    views += [""] * (4 - len(views))
     summary = json.loads((HERE / row / "summary.json").read_text())
     config = Config.from_json(json.dumps(summary["config"]))
     published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
