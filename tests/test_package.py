@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,9 +106,6 @@ def test_the_command_says_what_it_lacks(python, tmp_path):
 
 @pytest.mark.slow
 def test_import_is_quick(python, tmp_path):
-    """`import mini_ht` takes at most 0.2 s of CPU time; the best of sixty, so that a slow minute does not count."""
-    seconds = [math.inf]
-    while min(seconds) > IMPORT_SECONDS and len(seconds) <= 60:
-        seconds.append(float(run(python, "-c", TIMER, cwd=tmp_path, env=stranger())))
-        time.sleep(1)
+    """`import mini_ht` takes at most 0.2 s of CPU time; the best of five, so that a busy machine does not count."""
+    seconds = [float(run(python, "-c", TIMER, cwd=tmp_path, env=stranger())) for _ in range(5)]
     assert min(seconds) <= IMPORT_SECONDS, seconds
