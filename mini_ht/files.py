@@ -4,7 +4,6 @@ import errno
 import functools
 import os
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,8 @@ def write_atomically(file: Path, data: bytes) -> None:
 
     Raises InputError on a full disk or in a folder that cannot be written.
     """
+    import tempfile  # here, as it would make up a thirtieth of the package's import
+
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ A preset with `any` trains on tasks of all sizes, 2 to 20 classes with 1 to 10 i
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 from mini_ht.config import Config
@@ -51,6 +50,8 @@ def preset(name: str) -> Config:
     """The preset of that name; InputError with the nearest names for an unknown one."""
     table = presets()
     if name not in table:
+        import difflib  # seldom needed, and slow to import
+
         near = difflib.get_close_matches(name, table, n=3, cutoff=0.3) or list(table)[:3]
         raise InputError(f"there is no preset {name!r}; try {', '.join(near)}. 'mini-ht presets' lists them all")
     return table[name]
