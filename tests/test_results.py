@@ -100,6 +100,10 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("5shot-8ch-all-turned")[2:] == [*rows.TIMES["5"], *turned[-2:], *start]
     strided = [*rows.STRIDED_TIMES["1"], *rows.STRIDED, *turned[-2:], *rows.STRIDED_RATE]
     assert rows.training("1shot-8ch-logits-strided")[2:] == strided
+    wide = [*rows.LENGTHS["hour"], *rows.WIDE, "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-wide-seed1"]
+    assert rows.training("1shot-8ch-logits-wide-hour-seed1")[2:] == wide
+    few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
+    assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (
         "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-quick-turned 1shot-8ch-all-seed1-quick ../1shot-8ch-all "
     )
@@ -141,6 +145,18 @@ def test_the_table_of_rows_is_in_the_documents(tmp_path):
             if (field := option[2:].replace("-", "_")) not in ("workers", "start"):
                 wanted[field] = type(wanted[field])(value)
         assert config | {"start": ""} == wanted
+
+
+def test_the_figure_of_rows(tmp_path, monkeypatch):
+    """It is drawn from the folders; a row's training counts that of the row before, and of 40 classes twice."""
+    monkeypatch.syspath_prepend(ROOT / "results/omniglot")
+    figure = load(ROOT / "results/omniglot/figure.py", tmp_path)
+    figure.draw(tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.training_episodes("1shot-8ch-logits-hour") == 136_880 + 240_192
+    wide = figure.rows.kept_summary("1shot-8ch-logits-wide")["episodes"]
+    assert figure.training_episodes("1shot-8ch-logits-wide") == 2 * wide
+    assert set(figure.best(1)) >= {4, 8, 16} and figure.best(1)[8] >= 91.54
 
 
 @needs_omniglot

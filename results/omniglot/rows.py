@@ -5,15 +5,16 @@
     python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py table
 
-A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the
-logits layer) or logits. Behind that may stand turned (with the recipe that these presets had before: all episodes
-turned) or strided (the one before that), quick (40,960 episodes in place of minutes), short (7.5 minutes of two cores),
-hour (60 more minutes of two cores for the generator of the row without that word, trained before), long (130 minutes of
-one core instead), more (45 minutes of two cores instead, the last quarter with classes neither turned nor mirrored) or
-longer (60 more minutes of two cores for that of the row with long), upright (16 more minutes of a core, all like that
-quarter, for that of the row without this word), alphabet (Lake's split) and seedS, in this order. Other rows of 5
-shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is
-kept in a folder of the row's name beside this file.
+A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
+layer) or logits. Behind that may stand wide (trained on tasks of 40 classes, half as many a step), turned (with the
+recipe that these presets had before: all episodes turned) or strided (the one before that), quick (40,960 episodes in
+place of minutes, or 20,480 of 40 classes), short (7.5 minutes of two cores), hour (60 more minutes of two cores for the
+generator of the row without that word, trained before), long (130 minutes of one core instead), more (45 minutes of two
+cores instead, the last quarter with classes neither turned nor mirrored) or longer (60 more minutes of two cores for
+that of the row with long), upright (16 more minutes of a core, all like that quarter, for that of the row without this
+word), alphabet (Lake's split) and seedS, in this order. Other rows of 5 shots begin with the generator for one shot,
+trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name beside this
+file.
 """
 
 import argparse
@@ -34,13 +35,14 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(turned|strided))?(?:-(quick|short|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(quick|short|hour|longer|long|more))?"
     r"(-upright)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 LENGTHS = {
     "quick": ["--episodes", "40960", "--workers", "1"],  # counted in episodes, a row can be repeated
+    "wide-quick": ["--episodes", "20480", "--workers", "1"],
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
     "long": ["--minutes", "130", "--workers", "1"],  # the same
@@ -51,6 +53,7 @@ EARLIER = {"hour": "", "long": "", "more": "", "longer": "-long"}  # with which 
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
+WIDE = ["--way", "40", "--episodes-per-step", "8"]  # as many images in a step
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
 STRIDED_RATE = ["--learning-rate", "0.002"]
@@ -85,10 +88,12 @@ def training(row: str) -> list[str]:
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     more = [*(LENGTHS[length] if length in ("quick", "short") or longer else usual)]
+    if recipe == "wide":
+        more = [*LENGTHS.get(f"wide-{length}", more), *WIDE]
     more += STRIDED if strided else []
     if upright:
-        more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
-    more += ["--turned", "1"] if recipe else []
+        more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(WIDE if recipe == "wide" else STRIDED[:2] if strided else [])]
+    more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     more += ["--seed", seed[5:]] if seed else []
@@ -116,7 +121,7 @@ def measure(
     run_dir: Path, data_dir: str, protocol: str, norm: str, views: str = "1", query_views: str = "1"
 ) -> dict[str, Any]:
     """Figures of a trained row on episodes of test characters."""
-    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm]
+    options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--way", "20"]
     options += ["--views", views, "--query-views", query_views]
     return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
 
@@ -172,12 +177,23 @@ def cells(texts: Iterable[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
+def found_rows() -> list[str]:
+    """The rows that were measured, by number."""
+    found = [path.parent.name for path in HERE.glob("*/evaluate.jsonl")]
+    return sorted(found, key=lambda row: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", row)])
+
+
+def kept_summary(row: str) -> dict[str, Any]:
+    """What training a row took, and its config."""
+    return json.loads((HERE / row / "summary.json").read_text())
+
+
 def line(row: str) -> str:
     """A row of the table."""
     figures = [percent(one) for one in read_lines(HERE / row / "evaluate.jsonl")]
     views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")]
     views += [""] * (4 - len(views))
-    summary = json.loads((HERE / row / "summary.json").read_text())
+    summary = kept_summary(row)
     config = Config.from_json(json.dumps(summary["config"]))
     published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
     cost = f"{summary['episodes']:,}", f"{summary['seconds'] / 60:.1f}"
@@ -187,9 +203,7 @@ def line(row: str) -> str:
 
 def table() -> str:
     """All rows that are there, as Markdown for docs/results.md."""
-    found = [path.parent.name for path in HERE.glob("*/evaluate.jsonl")]
-    found.sort(key=lambda row: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", row)])
-    return "\n".join([cells(COLUMNS), cells(["---"] * len(COLUMNS)), *map(line, found)])
+    return "\n".join([cells(COLUMNS), cells(["---"] * len(COLUMNS)), *map(line, found_rows())])
 
 
 def main() -> None:

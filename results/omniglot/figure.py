@@ -1,0 +1,88 @@
+"""Draws the rows of the Omniglot table, accuracy.png: by channels beside the paper's, and by how long they trained.
+
+python results/omniglot/figure.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import rows
+
+from mini_ht.figures import new_figure, save_figure
+
+RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide"}  # words in a row's name
+LENGTHS = ("-quick", "-short", "", "-hour", "-long", "-longer")
+OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
+COLOURS = (ADAPTED, "#009E73", OURS, GENERATED)
+
+
+def figures(row: str) -> dict[str, Any]:
+    """A row's figures, disjoint and norm batch."""
+    return rows.read_lines(rows.HERE / row / "evaluate.jsonl")[0]
+
+
+def training_episodes(row: str) -> float:
+    """Counted as if all had 20 classes, with those of the row that this one began with."""
+    found, command = rows.kept_summary(row), rows.training(row)
+    before = training_episodes(Path(command[command.index("--start") + 1]).name) if "--start" in command else 0
+    return before + found["episodes"] * found["config"]["way"] / 20
+
+
+def best(shot: int) -> dict[int, float]:
+    """Accuracy (%) of the best row by channels."""
+    found: dict[int, float] = {}
+    for row in rows.found_rows():
+        config = rows.kept_summary(row)["config"]
+        if config["shot"] == shot:
+            found[config["channels"]] = max(found.get(config["channels"], 0), 100 * figures(row)["accuracy"])
+    return dict(sorted(found.items()))
+
+
+def logarithmic(axes: Any, *ticks: int) -> None:
+    """A logarithmic x axis with these numbers at it."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, labels=list(map(str, ticks)))
+    axes.minorticks_off()
+
+
+def draw_channels(axes: Any) -> None:
+    """Accuracy against channels: the best rows, and what the paper has by its own protocol."""
+    for shot, style in ((1, "-"), (5, "--")):
+        paper = {channels: [float(text) for text in both.split(", ")] for channels, both in rows.PAPER[shot].items()}
+        ht, maml = ({channels: both[which] for channels, both in paper.items()} for which in (0, 1))
+        lines = (best(shot), "here", OURS), (ht, "paper: HT", GENERATED), (maml, "paper: MAML++", ADAPTED)
+        for points, name, colour in lines:
+            label = f"{name}, {shot} shot{'s' * (shot > 1)}"
+            axes.plot(list(points), list(points.values()), color=colour, linestyle=style, marker="o", label=label)
+    axes.set(xlabel="channels of the CNN", ylabel="accuracy on unseen characters (%)")
+    logarithmic(axes, 4, 8, 16, 32, 48, 64)
+
+
+def draw_recipes(axes: Any) -> None:
+    """Accuracy against the length of the training, 1 shot, 8 channels, the logits layer generated."""
+    measured = rows.found_rows()
+    for (label, word), colour in zip(RECIPES.items(), COLOURS, strict=True):
+        trained = [row for length in LENGTHS if (row := f"1shot-8ch-logits{word}{length}") in measured]
+        points = sorted((training_episodes(row) / 1000, 100 * figures(row)["accuracy"]) for row in trained)
+        bars = 100 * max(figures(row)["interval"] for row in trained)
+        x, y = zip(*points, strict=True)
+        axes.errorbar(x, y, bars, color=colour, marker="o", capsize=3, label=f"recipe: {label}")
+    axes.set(xlabel="training: thousands of episodes of 20 classes", ylabel="accuracy, 1 shot, 8 channels (%)")
+    logarithmic(axes, 50, 100, 200, 500, 1000, 2000)
+
+
+def draw(file: Path) -> None:
+    """Both, side by side."""
+    figure, _ = new_figure(11, 4.5)
+    figure.clear()
+    left, right = figure.subplots(1, 2)
+    draw_channels(left)
+    draw_recipes(right)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=8, handlelength=4)
+    save_figure(figure, file)
+
+
+if __name__ == "__main__":
+    draw(rows.HERE / "accuracy.png")
