@@ -1,8 +1,6 @@
-"""Draws the rows of the Omniglot table, accuracy.png: by channels beside the paper's, and by how long they trained.
+"""Draws the rows of the Omniglot table as accuracy.png: by channels beside the paper's, and by length of training."""
 
-python results/omniglot/figure.py
-"""
-
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +61,9 @@ def draw_recipes(axes: Any) -> None:
     measured = rows.found_rows()
     for (label, word), colour in zip(RECIPES.items(), COLOURS, strict=True):
         trained = [row for length in LENGTHS if (row := f"1shot-8ch-logits{word}{length}") in measured]
-        points = sorted((training_episodes(row) / 1000, 100 * figures(row)["accuracy"]) for row in trained)
-        bars = 100 * max(figures(row)["interval"] for row in trained)
-        x, y = zip(*points, strict=True)
+        trained.sort(key=training_episodes)
+        x = [training_episodes(row) / 1000 for row in trained]
+        y, bars = ([100 * figures(row)[name] for row in trained] for name in ("accuracy", "interval"))
         axes.errorbar(x, y, bars, color=colour, marker="o", capsize=3, label=f"recipe: {label}")
     axes.set(xlabel="training: thousands of episodes of 20 classes", ylabel="accuracy, 1 shot, 8 channels (%)")
     logarithmic(axes, 50, 100, 200, 500, 1000, 2000)
@@ -73,8 +71,8 @@ def draw_recipes(axes: Any) -> None:
 
 def draw(file: Path) -> None:
     """Both, side by side."""
-    figure, _ = new_figure(11, 4.5)
-    figure.clear()
+    figure, _ = new_figure(11, 4.5, axes=False)
+    figure.set_layout_engine("constrained")
     left, right = figure.subplots(1, 2)
     draw_channels(left)
     draw_recipes(right)
@@ -85,4 +83,5 @@ def draw(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     draw(rows.HERE / "accuracy.png")

@@ -87,12 +87,11 @@ def training(row: str) -> list[str]:
     preset(name)
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
-    more = [*(LENGTHS[length] if length in ("quick", "short") or longer else usual)]
-    if recipe == "wide":
-        more = [*LENGTHS.get(f"wide-{length}", more), *WIDE]
-    more += STRIDED if strided else []
+    usual = LENGTHS[length] if length in ("quick", "short") or longer else usual
+    more = [*LENGTHS.get(f"{recipe}-{length}", usual), *(STRIDED if strided else [])]
     if upright:
-        more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(WIDE if recipe == "wide" else STRIDED[:2] if strided else [])]
+        more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
+    more += WIDE if recipe == "wide" else []
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
@@ -120,7 +119,7 @@ def train(row: str, data_dir: str, run_dir: Path) -> None:
 def measure(
     run_dir: Path, data_dir: str, protocol: str, norm: str, views: str = "1", query_views: str = "1"
 ) -> dict[str, Any]:
-    """Figures of a trained row on episodes of test characters."""
+    """Figures of a trained row on episodes of 20 test characters."""
     options = ["--data-dir", data_dir, "--protocol", protocol, "--norm", norm, "--way", "20"]
     options += ["--views", views, "--query-views", query_views]
     return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
