@@ -102,6 +102,10 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-8ch-logits-strided")[2:] == strided
     wide = [*rows.LENGTHS["hour"], *rows.WIDE, "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-wide-seed1"]
     assert rows.training("1shot-8ch-logits-wide-hour-seed1")[2:] == wide
+    hours = [*rows.LENGTHS["hours"], "--seed", "2", "--start", "runs/omniglot/1shot-8ch-logits-hour"]
+    assert rows.training("1shot-8ch-logits-hours")[2:] == hours
+    hours = [*rows.LENGTHS["hours"], "--seed", "3", "--start", "runs/omniglot/1shot-8ch-logits-hour-seed1"]
+    assert rows.training("1shot-8ch-logits-hours-seed1")[2:] == hours
     few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (

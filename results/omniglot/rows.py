@@ -9,12 +9,12 @@ A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all,
 layer) or logits. Behind that may stand wide (trained on tasks of 40 classes, half as many a step), turned (with the
 recipe that these presets had before: all episodes turned) or strided (the one before that), quick (40,960 episodes in
 place of minutes, or 20,480 of 40 classes), short (7.5 minutes of two cores), hour (60 more minutes of two cores for the
-generator of the row without that word, trained before), long (130 minutes of one core instead), more (45 minutes of two
-cores instead, the last quarter with classes neither turned nor mirrored) or longer (60 more minutes of two cores for
-that of the row with long), upright (16 more minutes of a core, all like that quarter, for that of the row without this
-word), alphabet (Lake's split) and seedS, in this order. Other rows of 5 shots begin with the generator for one shot,
-trained before. A run goes on where it was stopped; what is measured is kept in a folder of the row's name beside this
-file.
+generator of the row without that word, trained before), hours (95 more for that of the row with hour, and other
+episodes), long (130 minutes of one core instead), more (45 minutes of two cores instead, the last quarter with classes
+neither turned nor mirrored) or longer (60 more minutes of two cores for that of the row with long), upright (16 more
+minutes of a core, all like that quarter, for that of the row without this word), alphabet (Lake's split) and seedS, in
+this order. Other rows of 5 shots begin with the generator for one shot, trained before. A run goes on where it was
+stopped; what is measured is kept in a folder of the row's name beside this file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(quick|short|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(quick|short|hours|hour|longer|long|more))?"
     r"(-upright)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
@@ -46,10 +46,13 @@ LENGTHS = {
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
     "long": ["--minutes", "130", "--workers", "1"],  # the same
+    "hours": ["--minutes", "95", "--workers", "2"],  # and more than hour
     "longer": ["--minutes", "60", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and more than long
     "more": ["--minutes", "45", "--workers", "2", *AVERAGED, "--upright", "0.25"],
 }
-EARLIER = {"hour": "", "long": "", "more": "", "longer": "-long"}  # with which a row begins, in place of its own word
+# With which a row begins, in place of its own word.
+EARLIER = {"hour": "", "hours": "-hour", "long": "", "more": "", "longer": "-long"}
+OTHER_SEED = {"hours": 2}  # added to a row's, so that it does not see the same episodes once more
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
@@ -95,7 +98,8 @@ def training(row: str) -> list[str]:
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
-    more += ["--seed", seed[5:]] if seed else []
+    number = int((seed or "-seed0")[5:]) + OTHER_SEED.get(length, 0)
+    more += ["--seed", str(number)] if number else []
     if upright:
         return ["train", name, *more, "--start", str(RUNS / row.replace(upright, ""))]
     more += STRIDED_RATE if strided and shot == "1" else []
