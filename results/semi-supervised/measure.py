@@ -110,7 +110,7 @@ def draw(found: dict[tuple[int, ...], np.ndarray], file: Path) -> None:
         axes.errorbar(COUNTS, y, bars, label=label, marker="o", markersize=4, **style)
     axes.set(xlabel="unlabelled images a class", ylabel="accuracy on test characters (%)", xticks=COUNTS)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)  # inside it would hide a line
     save_figure(figure, file)
 
 
