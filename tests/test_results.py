@@ -106,6 +106,7 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-8ch-logits-hours")[2:] == hours
     hours = [*rows.LENGTHS["hours"], "--seed", "3", "--start", "runs/omniglot/1shot-8ch-logits-hour-seed1"]
     assert rows.training("1shot-8ch-logits-hours-seed1")[2:] == hours
+    assert "--seed" not in rows.training("5shot-8ch-logits-hours")
     few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (

@@ -52,7 +52,6 @@ LENGTHS = {
 }
 # With which a row begins, in place of its own word.
 EARLIER = {"hour": "", "hours": "-hour", "long": "", "more": "", "longer": "-long"}
-OTHER_SEED = {"hours": 2}  # added to a row's, so that it does not see the same episodes once more
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
@@ -98,7 +97,8 @@ def training(row: str) -> list[str]:
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
-    number = int((seed or "-seed0")[5:]) + OTHER_SEED.get(length, 0)
+    number = int(seed[5:]) if seed else 0
+    number += 2 if length == "hours" and longer else 0  # other episodes than those of row hour
     more += ["--seed", str(number)] if number else []
     if upright:
         return ["train", name, *more, "--start", str(RUNS / row.replace(upright, ""))]
