@@ -34,12 +34,12 @@ def images():
 
 def batch_of(script, images, tasks=2):
     """Tasks as the script draws them."""
-    return script.drawn(dataclasses.replace(CONFIG, seed=0), images, tasks, script.TRAINED)
+    return script.drawn(CONFIG, images, tasks, script.TRAINED)
 
 
-def fit(script, config, batch, steps, layers=None):
-    """From a random start."""
-    return script.fit(config, script.fresh(config, batch), batch, steps, layers or layer_names(config))
+def fit(script, config, batch, steps):
+    """All layers, from a random start."""
+    return script.fit(config, script.fresh(config, batch), batch, steps, layer_names(config))
 
 
 def test_it_is_the_generated_cnn(script):
@@ -118,14 +118,14 @@ def test_it_begins_as_it_was_written(script, images, tmp_path, generated):
     expected = generate(parameters, config, batch.support, batch.labels)(batch.query)
     assert_close(script.logits(begun, config, torch.from_numpy(batch.query)), expected, "float32")
     for layers in (["logits"], ["conv2", "logits"]):
-        found = script.fit(config, script.written(str(tmp_path), batch), batch, 1, layers)
+        found = script.fit(config, begun, batch, 1, layers)
         assert {name for name, x in found.items() if not torch.equal(x, begun[name])} == {
             name for name in begun if name.split(".")[0] in layers
         }
 
 
 def test_rows_of_a_generator(script, images, monkeypatch, tmp_path, capsys):
-    """A row for each choice of layers, of the generator's shots unless told otherwise; what it was written is one."""
+    """A row for each choice of layers, of the generator's shots unless told otherwise, and one of what was written."""
     save(tmp_path / "run", draw_parameters(CONFIG), CONFIG)
     monkeypatch.setattr(script, "open_dataset", lambda *_, **__: {"validation": images})
     monkeypatch.setattr(script, "FILE", tmp_path / "measured.jsonl")
@@ -144,6 +144,13 @@ def test_rows_of_a_generator(script, images, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main()
     assert "generates biases or norms; wanted" in capsys.readouterr().err
+    save(tmp_path / "run", draw_parameters(CONFIG), CONFIG)
+    wrong = (["--drawings", "0"], ["--steps", "-1"], ["--tasks", "0"], ["--drawings", "18"], ["--start", "nowhere"])
+    for more in wrong:
+        monkeypatch.setattr(sys, "argv", command + more)
+        with pytest.raises(SystemExit):
+            script.main()
+        assert more[1] in capsys.readouterr().err
 
 
 def test_rows_and_table(script, images, monkeypatch, capsys):

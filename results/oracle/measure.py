@@ -76,11 +76,12 @@ def written(start: str, tasks: Episodes) -> Weights:
         weights[f"{name}.weight"] = conv.weight
         for part in ("gamma", "beta"):
             weights[f"{name}.{part}"] = getattr(conv, part).expand(len(tasks.labels), 1, -1)  # [E, 1, Cout]
-    return {name: x.detach().clone() for name, x in weights.items()}
+    return {name: x.detach() for name, x in weights.items()}
 
 
 def fit(config: Config, weights: Weights, tasks: Episodes, steps: int, layers: Sequence[str]) -> Weights:
     """The weights after `steps` steps of AdamW on the support images, those of `layers` trained; tasks do not meet."""
+    weights = {name: x.clone() for name, x in weights.items()}
     episodes, each = len(tasks.labels), tasks.labels.shape[1] // config.way  # tasks, and drawings of a class
     groups: list[dict[str, Any]] = []
     for name, x in weights.items():
@@ -133,6 +134,7 @@ def keep(setting: tuple[Any, ...], score: Score, seconds: float) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     columns = [*(name.replace("_", " ") for name in SETTING), "accuracy", "CPU seconds"]
+    columns[SETTING.index("part")] = "characters"
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         found = f"{100 * row['accuracy']:.2f} +- {100 * row['interval']:.2f} %", f"{row['seconds']:.0f}"
@@ -174,6 +176,9 @@ def main() -> None:
     if options.table:
         print(table(read()))
         return
+    for name in ("tasks", "drawings", "steps"):
+        if (came := getattr(options, name)) is not None and came < 1:
+            parser.error(f"--{name} {came} came; wanted at least 1")
     torch.set_num_threads(1)
     try:
         begun = [load(options.start)[1]] if options.start else []
