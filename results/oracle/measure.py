@@ -40,7 +40,7 @@ from mini_ht.training.schedule import learning_rate
 
 FILE = Path(__file__).with_name("measured.jsonl")
 TRAINED, MEASURED = 15, 5  # drawings of a class; a step sees as many of each class as are measured
-STEPS, TUNING_STEPS, RATE = 400, 100, 0.01
+STEPS, TUNING_STEPS, RATE = 800, 100, 0.01
 SCRATCH = "scratch"
 SETTING = ("start", "trained", "part", "channels", "drawings", "tasks", "steps", "learning_rate")
 Weights = dict[str, Tensor]  # by name, each [E, ...]
@@ -184,7 +184,8 @@ def main() -> None:
         begun = [load(options.start)[1]] if options.start else []
         configs = begun or [preset(f"omniglot-20way-5shot-{channels}ch") for channels in options.channels]
         for config in configs:
-            measure(dataclasses.replace(config, learning_rate=options.learning_rate, decay=1.0), options)
+            decay = 1.0 if begun else config.decay  # a few steps take a cosine, many the preset's schedule
+            measure(dataclasses.replace(config, learning_rate=options.learning_rate, decay=decay), options)
     except InputError as error:
         parser.error(str(error))
 
