@@ -126,7 +126,7 @@ def test_it_begins_as_it_was_written(script, images, tmp_path, generated):
 
 def test_rows_of_a_generator(script, images, monkeypatch, tmp_path, capsys):
     """A row for each choice of layers, of the generator's shots unless told otherwise, and one of what was written."""
-    save(tmp_path / "run", draw_parameters(CONFIG), CONFIG)
+    save(tmp_path / "run", draw_parameters(CONFIG), dataclasses.replace(CONFIG, decay=0.5))
     monkeypatch.setattr(script, "open_dataset", lambda *_, **__: {"validation": images})
     monkeypatch.setattr(script, "FILE", tmp_path / "measured.jsonl")
     threads = torch.get_num_threads()
@@ -136,6 +136,7 @@ def test_rows_of_a_generator(script, images, monkeypatch, tmp_path, capsys):
         script.main()
     torch.set_num_threads(threads)
     rows = script.read()
+    assert all(row["decay"] == 1.0 for row in rows)
     choices = [("nothing", 0), ("logits", 2), ("last conv, logits", 2), ("all", 2)]
     assert [(row["trained"], row["steps"], row["drawings"]) for row in rows] == [
         (*choice, drawings) for drawings in (CONFIG.shot, 3) for choice in choices
@@ -156,7 +157,7 @@ def test_rows_of_a_generator(script, images, monkeypatch, tmp_path, capsys):
 def test_rows_and_table(script, images, monkeypatch, capsys):
     """A row for each part and number of channels; measured again it is replaced, and the table shows each once."""
     monkeypatch.setattr(
-        script, "preset", lambda name: dataclasses.replace(CONFIG, channels=int(name.split("-")[-1][:-2]))
+        script, "preset", lambda name: dataclasses.replace(CONFIG, channels=int(name.split("-")[-1][:-2]), decay=0.5)
     )
     monkeypatch.setattr(script, "open_dataset", lambda *_, **__: {"train": images, "test": images})
     threads = torch.get_num_threads()
@@ -173,6 +174,7 @@ def test_rows_and_table(script, images, monkeypatch, capsys):
         ("train", 3),
     ]
     assert all((row["tasks"], row["steps"], row["learning_rate"]) == (2, 2, 0.03) for row in rows)
+    assert all(row["decay"] == 0.5 for row in rows)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and json.loads(printed[-1]) == rows[-1]
     monkeypatch.setattr(sys, "argv", ["measure.py", "--table"])
@@ -181,5 +183,5 @@ def test_rows_and_table(script, images, monkeypatch, capsys):
     assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
     last = rows[-1]
     accuracy, interval = 100 * last["accuracy"], 100 * last["interval"]
-    start = f"| scratch | all | train | 3 | {script.TRAINED} | 2 | 2 | 0.03 | {accuracy:.2f} +- {interval:.2f} % |"
-    assert lines[-1].startswith(start)
+    setting = f"| scratch | all | train | 3 | {script.TRAINED} | 2 | 2 | 0.03 | 0.5 |"
+    assert lines[-1].startswith(f"{setting} {accuracy:.2f} +- {interval:.2f} % |")

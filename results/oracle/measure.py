@@ -6,7 +6,7 @@
 
 Of the 20 drawings of each of a task's 20 classes the CNN trains on 15, moved by up to `shift` pixels but not turned, as
 classes are fixed, and is measured on the other 5, in norm "batch". All tasks train side by side, each with weights,
-scales and offsets of its own. Steps and learning rate were chosen on validation characters (`--parts validation`).
+scales and offsets of its own. Steps, rate and its schedule were chosen on validation characters (`--parts validation`).
 
 With `--start` each CNN begins as a generator wrote it, from `--drawings` images a class, and the same images are what
 it trains on: nothing of it (0 steps), its logits layer, that and the last conv, or everything.
@@ -42,7 +42,7 @@ FILE = Path(__file__).with_name("measured.jsonl")
 TRAINED, MEASURED = 15, 5  # drawings of a class; a step sees as many of each class as are measured
 STEPS, TUNING_STEPS, RATE = 800, 100, 0.01
 SCRATCH = "scratch"
-SETTING = ("start", "trained", "part", "channels", "drawings", "tasks", "steps", "learning_rate")
+SETTING = ("start", "trained", "part", "channels", "drawings", "tasks", "steps", "learning_rate", "decay")
 Weights = dict[str, Tensor]  # by name, each [E, ...]
 
 
@@ -157,7 +157,8 @@ def measure(config: Config, options: argparse.Namespace) -> None:
             if layers:
                 weights = fit(config, weights, tasks, steps, layers)
             name, count = Path(start).name if start else SCRATCH, steps if layers else 0
-            setting = (name, trained, part, config.channels, drawings, options.tasks, count, options.learning_rate)
+            rates = config.learning_rate, config.decay
+            setting = (name, trained, part, config.channels, drawings, options.tasks, count, *rates)
             keep(setting, score(config, weights, tasks), time.process_time() - begun)
 
 
