@@ -35,8 +35,13 @@ lint: $(READY)
 types: $(READY)
 	$(VENV)/bin/mypy
 
+# What measures seconds has the machine for itself; the other tests then share its cores, file by file.
 check: $(READY)
-	$(VENV)/bin/python -m pytest
+	failed=0; \
+	$(VENV)/bin/python -m pytest -m "alone and not full" || failed=1; \
+	$(VENV)/bin/python -m pytest -m "not alone and not exercise and not full" -n auto --maxprocesses 4 --dist loadfile \
+	  || failed=1; \
+	exit $$failed
 
 docs: $(READY)
 	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build

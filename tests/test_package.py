@@ -104,7 +104,7 @@ def test_the_command_says_what_it_lacks(python, tmp_path):
     assert done.returncode == 1 and "pip install 'mini_ht[train]'" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_import_is_quick(python, tmp_path):
     """`import mini_ht` takes at most 0.2 s of CPU time; the best of five, so that a busy machine does not count."""
     seconds = [float(run(python, "-c", TIMER, cwd=tmp_path, env=stranger())) for _ in range(5)]

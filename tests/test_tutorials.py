@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_structure import MODEL, MODULES, TREES
@@ -60,6 +61,7 @@ def run(file: Path, size: str, seconds: float) -> float:
 taken: dict[str, float] = {}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("file", TUTORIALS, ids=NAMES)
 def test_a_tutorial_runs(file):
     """In test size a tutorial runs without a warning, its claims hold, and it takes under a minute of one core."""
@@ -67,6 +69,7 @@ def test_a_tutorial_runs(file):
     assert taken[file.stem] <= SECONDS, taken
 
 
+@pytest.mark.alone
 def test_all_tutorials_fit_an_afternoon():
     """In test size they take six minutes of one core together."""
     if len(taken) < len(TUTORIALS):
@@ -101,37 +104,48 @@ def test_a_tutorial_keeps_its_form(file):
     assert len(solutions(file)) == len(EXERCISE.findall(last))
 
 
-def functions(text: str) -> list[ast.FunctionDef]:
-    """The functions at the top of a module."""
-    return [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+def solved(file: Path) -> tuple[set[str], str]:
+    """The stubs of a tutorial's exercises, and the exercise file with its solutions in their place."""
+    tree, answers = ast.parse(exercises(file).read_text()), ast.parse("\n\n".join(solutions(file)))
+    there = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    stubs = {node.name for node in there if "NotImplementedError" in ast.unparse(node)}
+    written = {node.name for node in answers.body if isinstance(node, ast.FunctionDef)}
+    assert stubs and stubs <= written and sum(node.name.startswith("test_") for node in there) >= len(stubs)
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in written] + answers.body
+    return stubs, ast.unparse(tree)
 
 
-def check_exercises(file: Path) -> subprocess.CompletedProcess[str]:
-    """Run an exercise file as a reader would."""
-    settings = ["-c", str(FOLDER.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *settings, "-m", "exercise", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent, timeout=300)
+def check_exercises(files: list[Path], report: Path) -> dict[str, list[str]]:
+    """Run exercise files as a reader would, in one go; for each of them what its checkers say, "" where they agree."""
+    settings = ["-c", str(FOLDER.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-m", "exercise"]
+    settings += ["--rootdir", str(files[0].parent), f"--junitxml={report}"]  # the report's names begin at the root
+    command = [sys.executable, "-m", "pytest", *settings, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent, timeout=600)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
+    said: dict[str, list[str]] = {file.stem: [] for file in files}
+    for case in ElementTree.parse(report).iter("testcase"):
+        problems = [problem.get("message") or problem.tag for problem in case]
+        said[case.attrib["classname"].rpartition(".")[2]].append("; ".join(problems))
+    return said
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """What the checkers of all exercises say of the stubs, and of the tutorials' solutions."""
+    folder = tmp_path_factory.mktemp("solved")
+    for file in TUTORIALS:
+        (folder / exercises(file).name).write_text(solved(file)[1])
+    before = check_exercises([exercises(file) for file in TUTORIALS], folder / "stubs.xml")
+    return before, check_exercises([folder / exercises(file).name for file in TUTORIALS], folder / "solutions.xml")
 
 
 @pytest.mark.parametrize("file", TUTORIALS, ids=NAMES)
-def test_exercises_fail_until_solved(file, tmp_path):
+def test_exercises_fail_until_solved(file, checked):
     """Every checker refuses the stubs and accepts the tutorial's solutions."""
-    waiting = exercises(file)
-    there = functions(waiting.read_text())
-    stubs = {node.name for node in there if "NotImplementedError" in ast.unparse(node)}
-    solved = ast.parse("\n\n".join(solutions(file)))
-    written = {node.name for node in solved.body if isinstance(node, ast.FunctionDef)}
-    checkers = [node.name for node in there if node.name.startswith("test_")]
-    assert stubs and stubs <= written and len(checkers) >= len(stubs)
-    done = check_exercises(waiting)
-    assert done.returncode == 1 and " passed" not in done.stdout, done.stdout[-3000:]
-    # What was written replaces the stub; the rest of the file stays.
-    tree = ast.parse(waiting.read_text())
-    tree.body = [node for node in tree.body if getattr(node, "name", None) not in written] + solved.body
-    answer = tmp_path / waiting.name
-    answer.write_text(ast.unparse(tree))
-    done = check_exercises(answer)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    stubs, answers = (said[exercises(file).stem] for said in checked)
+    assert len(stubs) == len(answers) >= len(solved(file)[0]), checked
+    assert all("NotImplementedError" in problem for problem in stubs), stubs
+    assert not any(answers), answers
 
 
 def public(module: str) -> set[str]:
