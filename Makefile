@@ -57,7 +57,7 @@ fuzz: $(READY)
 OMNIGLOT ?= ../shared/data/omniglot
 
 results-quick: $(READY)
-	$(VENV)/bin/python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir $(OMNIGLOT)
+	$(VENV)/bin/python results/omniglot/rows.py check 1shot-8ch-logits-brief --data-dir $(OMNIGLOT)
 
 # Needs torch for CUDA in GPU_PYTHON.
 GPU_PYTHON ?= $(VENV)/bin/python

@@ -9,7 +9,7 @@ import rows
 from mini_ht.figures import new_figure, save_figure
 
 RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide"}  # words in a row's name
-LENGTHS = ("-quick", "-short", "", "-hour", "-hours", "-long", "-longer")
+LENGTHS = ("-brief", "-quick", "-short", "", "-hour", "-hours", "-long", "-longer")
 OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
 COLOURS = (ADAPTED, "#009E73", OURS, GENERATED)
 
@@ -66,7 +66,7 @@ def draw_recipes(axes: Any) -> None:
         y, bars = ([100 * figures(row)[name] for row in trained] for name in ("accuracy", "interval"))
         axes.errorbar(x, y, bars, color=colour, marker="o", capsize=3, label=f"recipe: {label}")
     axes.set(xlabel="training: thousands of episodes of 20 classes", ylabel="accuracy, 1 shot, 8 channels (%)")
-    logarithmic(axes, 50, 100, 200, 500, 1000, 2000)
+    logarithmic(axes, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 def draw(file: Path) -> None:

@@ -2,19 +2,19 @@
 
     python results/omniglot/rows.py run 1shot-8ch-logits --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py views 1shot-8ch-logits --data-dir ../shared/data/omniglot
-    python results/omniglot/rows.py check 1shot-8ch-logits-quick --data-dir ../shared/data/omniglot
+    python results/omniglot/rows.py check 1shot-8ch-logits-brief --data-dir ../shared/data/omniglot
     python results/omniglot/rows.py table
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
 layer) or logits. Behind that may stand wide (trained on tasks of 40 classes, half as many a step), turned (with the
-recipe that these presets had before: all episodes turned) or strided (the one before that), quick (40,960 episodes in
-place of minutes, or 20,480 of 40 classes), short (7.5 minutes of two cores), hour (60 more minutes of two cores for the
-generator of the row without that word, trained before), hours (95 more for that of the row with hour, and other
-episodes), long (130 minutes of one core instead), more (45 minutes of two cores instead, the last quarter with classes
-neither turned nor mirrored) or longer (60 more minutes of two cores for that of the row with long), upright (16 more
-minutes of a core, all like that quarter, for that of the row without this word), alphabet (Lake's split) and seedS, in
-this order. Other rows of 5 shots begin with the generator for one shot, trained before. A run goes on where it was
-stopped; what is measured is kept in a folder of the row's name beside this file.
+recipe that these presets had before: all episodes turned) or strided (the one before that), brief (20,480 episodes in
+place of minutes), quick (40,960, or 20,480 of 40 classes), short (7.5 minutes of two cores), hour (60 more minutes of
+two cores for the generator of the row without that word, trained before), hours (95 more for that of the row with hour,
+and other episodes), long (130 minutes of one core instead), more (45 minutes of two cores instead, the last quarter
+with classes neither turned nor mirrored) or longer (60 more minutes of two cores for that of the row with long),
+upright (16 more minutes of a core, all like that quarter, for that of the row without this word), alphabet (Lake's
+split) and seedS, in this order. Other rows of 5 shots begin with the generator for one shot, trained before. A run goes
+on where it was stopped; what is measured is kept in a folder of the row's name beside this file.
 """
 
 import argparse
@@ -35,13 +35,14 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(quick|short|hours|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(brief|quick|short|hours|hour|longer|long|more))?"
     r"(-upright)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 LENGTHS = {
-    "quick": ["--episodes", "40960", "--workers", "1"],  # counted in episodes, a row can be repeated
+    "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
+    "quick": ["--episodes", "40960", "--workers", "1"],
     "wide-quick": ["--episodes", "20480", "--workers", "1"],
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
@@ -89,7 +90,7 @@ def training(row: str) -> list[str]:
     preset(name)
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
-    usual = LENGTHS[length] if length in ("quick", "short") or longer else usual
+    usual = LENGTHS[length] if length in ("brief", "quick", "short") or longer else usual
     more = [*LENGTHS.get(f"{recipe}-{length}", usual), *(STRIDED if strided else [])]
     if upright:
         more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
