@@ -38,7 +38,7 @@ types: $(READY)
 # What measures seconds has the machine for itself; the other tests then share its cores, file by file.
 check: $(READY)
 	failed=0; \
-	$(VENV)/bin/python -m pytest -m "alone and not full" || failed=1; \
+	$(VENV)/bin/python -m pytest -m alone || failed=1; \
 	$(VENV)/bin/python -m pytest -m "not alone and not exercise and not full" -n auto --maxprocesses 4 --dist loadfile \
 	  || failed=1; \
 	exit $$failed
