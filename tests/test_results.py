@@ -169,7 +169,7 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     """Few episodes: its folder has what the table needs, a second run agrees with it, and a wrong figure is noticed."""
     rows = load(ROOT / "results/omniglot/rows.py", tmp_path)
     monkeypatch.setitem(rows.LENGTHS, "quick", ["--episodes", "32", "--workers", "1"])
-    monkeypatch.setattr(rows, "EPISODES", "32")
+    monkeypatch.setattr(rows, "EPISODES", "8")
     monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
     row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)
     rows.run(row, data, tmp_path / "run")
