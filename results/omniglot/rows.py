@@ -8,13 +8,14 @@
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
 layer) or logits. Behind that may stand wide (trained on tasks of 40 classes, half as many a step), turned (with the
 recipe that these presets had before: all episodes turned) or strided (the one before that), brief (20,480 episodes in
-place of minutes), quick (40,960, or 20,480 of 40 classes), short (7.5 minutes of two cores), hour (60 more minutes of
-two cores for the generator of the row without that word, trained before), hours (95 more for that of the row with hour,
-and other episodes), long (130 minutes of one core instead), more (45 minutes of two cores instead, the last quarter
-with classes neither turned nor mirrored) or longer (60 more minutes of two cores for that of the row with long),
-upright (16 more minutes of a core, all like that quarter, for that of the row without this word), alphabet (Lake's
-split) and seedS, in this order. Other rows of 5 shots begin with the generator for one shot, trained before. A run goes
-on where it was stopped; what is measured is kept in a folder of the row's name beside this file.
+place of minutes; with 5 shots 10,240 for the generator of the row quick), quick (40,960, or 20,480 of 40 classes),
+short (7.5 minutes of two cores), hour (60 more minutes of two cores for the generator of the row without that word,
+trained before), hours (95 more for that of the row with hour, and other episodes), long (130 minutes of one core
+instead), more (45 minutes of two cores instead, the last quarter with classes neither turned nor mirrored) or longer
+(60 more minutes of two cores for that of the row with long), upright (16 more minutes of a core, all like that quarter,
+for that of the row without this word), alphabet (Lake's split) and seedS, in this order. Other rows of 5 shots begin
+with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is kept in a
+folder of the row's name beside this file.
 """
 
 import argparse
@@ -42,6 +43,7 @@ TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "-
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 LENGTHS = {
     "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
+    "5shot-brief": ["--episodes", "10240", "--workers", "1"],  # more than the row quick of 1 shot has had
     "quick": ["--episodes", "40960", "--workers", "1"],
     "wide-quick": ["--episodes", "20480", "--workers", "1"],
     "short": ["--minutes", "7.5", "--workers", "2"],
@@ -90,7 +92,8 @@ def training(row: str) -> list[str]:
     preset(name)
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
-    usual = LENGTHS[length] if length in ("brief", "quick", "short") or longer else usual
+    if length in ("brief", "quick", "short") or longer:
+        usual = LENGTHS.get(f"{shot}shot-{length}", LENGTHS[length])
     more = [*LENGTHS.get(f"{recipe}-{length}", usual), *(STRIDED if strided else [])]
     if upright:
         more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
@@ -105,7 +108,7 @@ def training(row: str) -> list[str]:
         return ["train", name, *more, "--start", str(RUNS / row.replace(upright, ""))]
     more += STRIDED_RATE if strided and shot == "1" else []
     more += ["--start", str(RUNS / row.replace(f"-{length}", EARLIER[length]))] if longer else []
-    more += ["--start", str(RUNS / f"1shot{row[5:]}"), *RATE] if shot == "5" else []
+    more += ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE] if shot == "5" else []
     return ["train", name, *more]
 
 
