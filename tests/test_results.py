@@ -80,6 +80,9 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-4ch-last2-quick") == some
     start = ["--start", "runs/omniglot/1shot-4ch-all-quick", "--learning-rate", "0.001"]
     assert rows.training("5shot-4ch-all-quick") == ["train", "omniglot-20way-5shot-4ch", *rows.LENGTHS["quick"], *start]
+    brief = ["--episodes", "10240", "--workers", "1", "--start", "runs/omniglot/1shot-32ch-logits-quick", *rows.RATE]
+    assert rows.training("5shot-32ch-logits-brief")[2:] == brief
+    assert rows.training("1shot-32ch-logits-brief")[2:] == rows.LENGTHS["brief"]
     longer = ["--minutes", "130", "--workers", "1", "--seed", "1", "--start", "runs/omniglot/1shot-8ch-logits-seed1"]
     assert rows.training("1shot-8ch-logits-long-seed1")[2:] == longer
     longer = [*rows.LENGTHS["longer"], "--start", "runs/omniglot/1shot-8ch-logits-long"]
