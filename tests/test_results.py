@@ -110,6 +110,8 @@ def test_rows_are_commands(tmp_path):
     hours = [*rows.LENGTHS["hours"], "--seed", "3", "--start", "runs/omniglot/1shot-8ch-logits-hour-seed1"]
     assert rows.training("1shot-8ch-logits-hours-seed1")[2:] == hours
     assert "--seed" not in rows.training("5shot-8ch-logits-hours")
+    twice = [*rows.LENGTHS["twice"], "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-quick"]
+    assert rows.training("1shot-48ch-logits-twice")[2:] == twice
     few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (

@@ -9,7 +9,7 @@ import rows
 from mini_ht.figures import new_figure, save_figure
 
 RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide"}  # words in a row's name
-LENGTHS = ("-brief", "-quick", "-short", "", "-hour", "-hours", "-long", "-longer")
+LENGTHS = ("-brief", "-quick", "-twice", "-short", "", "-hour", "-hours", "-long", "-longer")
 OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
 COLOURS = (ADAPTED, "#009E73", OURS, GENERATED)
 

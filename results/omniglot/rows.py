@@ -6,16 +6,22 @@
     python results/omniglot/rows.py table
 
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
-layer) or logits. Behind that may stand wide (trained on tasks of 40 classes, half as many a step), turned (with the
-recipe that these presets had before: all episodes turned) or strided (the one before that), brief (20,480 episodes in
-place of minutes; with 5 shots 10,240 for the generator of the row quick), quick (40,960, or 20,480 of 40 classes),
-short (7.5 minutes of two cores), hour (60 more minutes of two cores for the generator of the row without that word,
-trained before), hours (95 more for that of the row with hour, and other episodes), long (130 minutes of one core
-instead), more (45 minutes of two cores instead, the last quarter with classes neither turned nor mirrored) or longer
-(60 more minutes of two cores for that of the row with long), upright (16 more minutes of a core, all like that quarter,
-for that of the row without this word), alphabet (Lake's split) and seedS, in this order. Other rows of 5 shots begin
-with the generator for one shot, trained before. A run goes on where it was stopped; what is measured is kept in a
-folder of the row's name beside this file.
+layer) or logits. Behind that may stand, in this order:
+
+- a recipe: wide (trained on tasks of 40 classes, half as many a step), turned (the one that these presets had before:
+  all episodes turned) or strided (the one before that);
+- a length, in episodes: brief (20,480; with 5 shots 10,240 for the generator of the row quick), quick (40,960, or
+  20,480 of 40 classes) or twice (40,960 other ones for the generator of the row quick);
+- or in minutes: short (7.5 of two cores), hour (60 more of two cores for the generator of the row without that word,
+  trained before), hours (95 more for that of the row with hour, and other episodes), long (130 of one core in place of
+  that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
+  two cores for that of the row with long);
+- upright (16 more minutes of a core, all like that quarter, for that of the row without this word);
+- alphabet (Lake's split);
+- seedS.
+
+Other rows of 5 shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is
+measured is kept in a folder of the row's name beside this file.
 """
 
 import argparse
@@ -36,7 +42,7 @@ from mini_ht.plan import cnn_size
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(brief|quick|short|hours|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(brief|quick|twice|short|hours|hour|longer|long|more))?"
     r"(-upright)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
@@ -45,6 +51,7 @@ LENGTHS = {
     "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
     "5shot-brief": ["--episodes", "10240", "--workers", "1"],  # more than the row quick of 1 shot has had
     "quick": ["--episodes", "40960", "--workers", "1"],
+    "twice": ["--episodes", "40960", "--workers", "1"],  # more than quick has had
     "wide-quick": ["--episodes", "20480", "--workers", "1"],
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
@@ -54,7 +61,7 @@ LENGTHS = {
     "more": ["--minutes", "45", "--workers", "2", *AVERAGED, "--upright", "0.25"],
 }
 # With which a row begins, in place of its own word.
-EARLIER = {"hour": "", "hours": "-hour", "long": "", "more": "", "longer": "-long"}
+EARLIER = {"twice": "-quick", "hour": "", "hours": "-hour", "long": "", "more": "", "longer": "-long"}
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
@@ -102,7 +109,7 @@ def training(row: str) -> list[str]:
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     number = int(seed[5:]) if seed else 0
-    number += 2 if length == "hours" and longer else 0  # other episodes than those of row hour
+    number += 2 if length in ("hours", "twice") and longer else 0  # other episodes than those of the row before
     more += ["--seed", str(number)] if number else []
     if upright:
         return ["train", name, *more, "--start", str(RUNS / row.replace(upright, ""))]
