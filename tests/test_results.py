@@ -112,7 +112,7 @@ def test_rows_are_commands(tmp_path):
     assert "--seed" not in rows.training("5shot-8ch-logits-hours")
     twice = [*rows.LENGTHS["twice"], "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-quick"]
     assert rows.training("1shot-48ch-logits-twice")[2:] == twice
-    twice = [*brief[: -len(rows.RATE) - 1], "runs/omniglot/1shot-48ch-logits-twice", *rows.RATE]
+    twice = ["--episodes", "10240", "--workers", "1", "--start", "runs/omniglot/1shot-48ch-logits-twice", *rows.RATE]
     assert rows.training("5shot-48ch-logits-twice")[2:] == twice
     few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]

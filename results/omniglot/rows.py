@@ -48,10 +48,11 @@ NAME = re.compile(
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
+FEW = ["--episodes", "10240", "--workers", "1"]
 LENGTHS = {
     "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
-    "5shot-brief": ["--episodes", "10240", "--workers", "1"],  # more than the row quick of 1 shot has had
-    "5shot-twice": ["--episodes", "10240", "--workers", "1"],  # more than the row twice of 1 shot has had
+    "5shot-brief": FEW,  # more than the row quick of 1 shot has had
+    "5shot-twice": FEW,  # more than the row twice of 1 shot has had
     "quick": ["--episodes", "40960", "--workers", "1"],
     "twice": ["--episodes", "40960", "--workers", "1"],  # more than quick has had
     "wide-quick": ["--episodes", "20480", "--workers", "1"],
