@@ -115,6 +115,12 @@ def test_rows_are_commands(tmp_path):
     twice = ["--episodes", "10240", "--workers", "1", "--start", "runs/omniglot/1shot-48ch-logits-twice", *rows.RATE]
     assert rows.training("5shot-48ch-logits-twice")[2:] == twice
     few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
+    start = ["--start", "runs/omniglot/1shot-48ch-logits-wide-quick", *rows.RATE]
+    assert rows.training("5shot-48ch-logits-wide-brief")[2:] == [*rows.FEW_WIDE, *rows.WIDE, *start]
+    start = ["--start", "runs/omniglot/1shot-48ch-logits-wide-twice", *rows.RATE]
+    assert rows.training("5shot-48ch-logits-wide-twice")[2:] == [*rows.FEW_WIDE, *rows.WIDE, *start]
+    twice = [*few, "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-wide-quick"]
+    assert rows.training("1shot-48ch-logits-wide-twice")[2:] == twice
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (
         "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-quick-turned 1shot-8ch-all-seed1-quick ../1shot-8ch-all "
