@@ -114,11 +114,11 @@ def test_rows_are_commands(tmp_path):
     assert rows.training("1shot-48ch-logits-twice")[2:] == twice
     twice = ["--episodes", "10240", "--workers", "1", "--start", "runs/omniglot/1shot-48ch-logits-twice", *rows.RATE]
     assert rows.training("5shot-48ch-logits-twice")[2:] == twice
-    few = [*rows.LENGTHS["wide-quick"], *rows.WIDE]
-    start = ["--start", "runs/omniglot/1shot-48ch-logits-wide-quick", *rows.RATE]
-    assert rows.training("5shot-48ch-logits-wide-brief")[2:] == [*rows.FEW_WIDE, *rows.WIDE, *start]
-    start = ["--start", "runs/omniglot/1shot-48ch-logits-wide-twice", *rows.RATE]
-    assert rows.training("5shot-48ch-logits-wide-twice")[2:] == [*rows.FEW_WIDE, *rows.WIDE, *start]
+    few = ["--episodes", "20480", "--workers", "1", *rows.WIDE]
+    for length, before in (("brief", "quick"), ("twice", "twice")):
+        start = ["--start", f"runs/omniglot/1shot-48ch-logits-wide-{before}", *rows.RATE]
+        five = ["--episodes", "5120", "--workers", "1", *rows.WIDE, *start]
+        assert rows.training(f"5shot-48ch-logits-wide-{length}")[2:] == five
     twice = [*few, "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-wide-quick"]
     assert rows.training("1shot-48ch-logits-wide-twice")[2:] == twice
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]

@@ -10,9 +10,9 @@ layer) or logits. Behind that may stand, in this order:
 
 - a recipe: wide (trained on tasks of 40 classes, half as many a step), turned (the one that these presets had before:
   all episodes turned) or strided (the one before that);
-- a length, in episodes: brief (20,480; with 5 shots 10,240, or 5,120 of 40 classes, for the generator of the row
-  quick), quick (40,960, or 20,480 of 40 classes) or twice (as many other ones for the generator of the row quick; with
-  5 shots as brief, but for that of the row twice);
+- a length, in episodes, of 40 classes half as many: brief (20,480; with 5 shots 10,240 for the generator of the row
+  quick), quick (40,960) or twice (as many other ones for the generator of the row quick; with 5 shots 10,240 for that
+  of the row twice);
 - or in minutes: short (7.5 of two cores), hour (60 more of two cores for the generator of the row without that word,
   trained before), hours (95 more for that of the row with hour, and other episodes), long (130 of one core in place of
   that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
@@ -49,17 +49,12 @@ NAME = re.compile(
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 FEW = ["--episodes", "10240", "--workers", "1"]
-FEW_WIDE = ["--episodes", "5120", "--workers", "1"]
 LENGTHS = {
     "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
     "5shot-brief": FEW,  # more than the row quick of 1 shot has had
     "5shot-twice": FEW,  # more than the row twice of 1 shot has had
-    "5shot-wide-brief": FEW_WIDE,
-    "5shot-wide-twice": FEW_WIDE,
     "quick": ["--episodes", "40960", "--workers", "1"],
     "twice": ["--episodes", "40960", "--workers", "1"],  # more than quick has had
-    "wide-quick": ["--episodes", "20480", "--workers", "1"],
-    "wide-twice": ["--episodes", "20480", "--workers", "1"],
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
     "long": ["--minutes", "130", "--workers", "1"],  # the same
@@ -108,8 +103,9 @@ def training(row: str) -> list[str]:
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     if length in ("brief", "quick", "twice", "short") or longer:
         usual = LENGTHS.get(f"{shot}shot-{length}", LENGTHS[length])
-    usual = LENGTHS.get(f"{shot}shot-{recipe}-{length}", LENGTHS.get(f"{recipe}-{length}", usual))
     more = [*usual, *(STRIDED if strided else [])]
+    if recipe == "wide" and more[0] == "--episodes":
+        more[1] = str(int(more[1]) // 2)  # as many images
     if upright:
         more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
     more += WIDE if recipe == "wide" else []
