@@ -72,6 +72,18 @@ def conv_max_pool(x: Floats, weight: Floats) -> Floats:
     return np.maximum(pairs[..., 0, :], pairs[..., 1, :])
 
 
+def blur_pool(x: Floats) -> Floats:
+    """ReLU, the largest of each 2x2, then 1 2 1 along both axes, a quarter of it, at every second place.
+
+    x [B, H, W, C] -> [B, H // 2, W // 2, C]; beyond the edge there are zeros.
+    """
+    largest = np.maximum(x[:, :-1], x[:, 1:])  # [B, H - 1, W, C]
+    largest = np.maximum(np.maximum(largest[:, :, :-1], largest[:, :, 1:]), 0)  # [B, H - 1, W - 1, C]
+    p = np.pad(largest, ((0, 0), (1, 1), (1, 1), (0, 0)))  # [B, H + 1, W + 1, C]
+    rows = (p[:, :-2:2] + 2 * p[:, 1:-1:2] + p[:, 2::2]) / 4  # [B, H // 2, W + 1, C]
+    return (rows[:, :, :-2:2] + 2 * rows[:, :, 1:-1:2] + rows[:, :, 2::2]) / 4
+
+
 def batch_norm(x: Floats, gamma: Floats, beta: Floats, eps: float) -> tuple[Floats, tuple[Floats, Floats]]:
     """Each channel of each episode to mean 0 and variance 1, then scaled and shifted.
 

@@ -29,6 +29,17 @@ def conv_max_pool(x: Tensor, weight: Tensor) -> Tensor:
     return channels_as_episodes(F.max_pool2d(y, 2), episodes)  # [E, N, h, w, Cout]
 
 
+def blur_pool(x: Tensor) -> Tensor:
+    """ReLU, the largest of each 2x2, then 1 2 1 along both axes, a quarter of it, at every second place.
+
+    x [B, H, W, C] -> [B, H // 2, W // 2, C]; beyond the edge there are zeros.
+    """
+    largest = F.relu(F.max_pool2d(x.permute(0, 3, 1, 2), 2, 1))  # [B, C, H - 1, W - 1]
+    line = (2 - torch.arange(-1, 2, dtype=x.dtype, device=x.device).abs()) / 4  # [3], made there: graphs may hold it
+    blur = (line[:, None] * line).expand(x.shape[-1], 1, 3, 3)  # one for each channel
+    return F.conv2d(largest, blur, stride=2, padding=1, groups=x.shape[-1]).permute(0, 2, 3, 1)
+
+
 def torch_layout(images: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     """As they are, channels last; but torch fails on the gradient of a lone filter unless both are channels first."""
     return (images.contiguous(), filters.contiguous()) if len(filters) == 1 else (images, filters)

@@ -13,12 +13,12 @@ from torch import Tensor
 from mini_ht.errors import InputError
 from mini_ht.kernels import triton_launch as launch
 from mini_ht.kernels.tiles import LARGEST
-from mini_ht.kernels.torch_conv import batch_norm, conv2d, conv_max_pool
+from mini_ht.kernels.torch_conv import batch_norm, blur_pool, conv2d, conv_max_pool
 from mini_ht.kernels.triton_launch_backward import Backward
 from mini_ht.kernels.triton_parts import INTERPRETED
 
 # The shared conv, and the block with masked statistics, are torch's.
-__all__ = ["batch_norm", "conv2d", "conv_max_pool", "conv_stack", "supports"]
+__all__ = ["batch_norm", "blur_pool", "conv2d", "conv_max_pool", "conv_stack", "supports"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRECISIONS = ("tf32", "ieee", "bf16x3")

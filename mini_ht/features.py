@@ -22,7 +22,7 @@ def shared_widths(config: Config) -> tuple[int, ...]:
 def shared_features(parameters: Parameters, config: Config, support: Array) -> Array:
     """The image embedding s: four 3x3 convs 'same', then the mean over space.
 
-    Each conv is strided and followed by ReLU (released code), or by a max-pool, ReLU and a norm over the image's map.
+    Each conv is strided, then ReLU (released code); or has a max-pool, blurred or not, ReLU and a norm over the map.
     support [E, n, H, W, C] -> [E, n, shared features] (width 0 when the config asks for none).
     """
     episodes, images = support.shape[:2]
@@ -31,12 +31,12 @@ def shared_features(parameters: Parameters, config: Config, support: Array) -> A
     x = support.reshape(episodes * images, *support.shape[2:])  # [E * n, H, W, C]
     for number, stride in enumerate(SHARED_STRIDES):
         weight, bias = (parameters[f"shared.conv{number}.{part}"] for part in ("weight", "bias"))
-        if config.shared_convs == "pooled":
-            x = normed(relu(conv_max_pool(x, weight, bias)))
-        else:
+        if config.shared_convs == "strided":
             x = relu(conv2d(x, weight, bias, stride, padding=1))
+        else:
+            x = normed(relu(conv_max_pool(x, weight, bias, blur=config.shared_convs == "blurred")))
     means = as_floats(x.mean((1, 2)), weight).reshape(episodes, images, -1)
-    return POOLED_SCALE * means if config.shared_convs == "pooled" else means
+    return means if config.shared_convs == "strided" else POOLED_SCALE * means
 
 
 def normed(x: Array) -> Array:

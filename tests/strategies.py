@@ -51,7 +51,7 @@ def configs(draw: Any, **fixed: Any) -> Config:
         "encoder": pick("encoder", ("pre-norm", "post-norm")),
         "activation": pick("activation", ("relu", "gelu")),
         "shared_features": pick("shared_features", (0, 4)),
-        "shared_convs": pick("shared_convs", ("strided", "pooled")),
+        "shared_convs": pick("shared_convs", ("strided", "pooled", "blurred")),
         "local_features": pick("local_features", (0, 3)),
         "readout": pick("readout", ("slice", "linear")),
     }

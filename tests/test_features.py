@@ -23,6 +23,13 @@ def conv(x, parameters, name, stride, padding):
     return F.conv2d(x, weight, torch.from_numpy(parameters[f"{name}.bias"]), stride, padding)
 
 
+def blurred(y):
+    """ReLU, max-pool and binomial blur by torch's own calls: y [B, C, H, W] -> [B, C, H // 2, W // 2]."""
+    blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=y.dtype)[None, None] / 16
+    maps = F.max_pool2d(y.relu(), 2, 1).flatten(0, 1)[:, None]  # [B * C, 1, H - 1, W - 1]
+    return F.conv2d(maps, blur, stride=2, padding=1).unflatten(0, y.shape[:2])[:, :, 0]
+
+
 def channels_first(x):
     return torch.from_numpy(x.reshape(-1, *x.shape[2:])).permute(0, 3, 1, 2)
 
@@ -48,15 +55,44 @@ def test_conv_max_pool(library, seed, size, inputs):
     assert_close(conv_max_pool(*library.to((x, weight, bias))), wanted)
 
 
-@given(config=configs(shared_features=4, shared_convs="pooled"), seed=seeds)
-def test_pooled_features_are_four_normed_convs_and_a_mean(library, config, seed):
+@given(seed=seeds, size=st.integers(1, 9), inputs=st.integers(1, 4), outputs=st.integers(1, 3))
+def test_blurred_conv_max_pool(library, seed, size, inputs, outputs):
+    """Conv 'same' and bias, ReLU, the largest 2x2 at every pixel, then a 3x3 of 1, 2, 4 sixteenths at every second."""
+    shapes = (3, size, 5, inputs), (3, 3, inputs, outputs), (outputs,)
+    x, weight, bias = (np.random.default_rng(seed).standard_normal(shape) for shape in shapes)
+    y = conv(channels_first(x[None]), {"c.weight": weight, "c.bias": bias}, "c", 1, 1)
+    wanted = (blurred(y) if size > 1 else y).permute(0, 2, 3, 1)
+    found = conv_max_pool(*library.to((x, weight, bias)), blur=True)
+    assert_close(found, wanted)
+    assert tuple(found.shape) == tuple(conv_max_pool(*library.to((x, weight, bias))).shape)
+
+
+@given(seed=seeds, corner=st.tuples(st.integers(2, 6), st.integers(2, 6)))
+def test_blur_forgets_where_a_pixel_is_dropped(library, seed, corner):
+    """The sum over a blurred map is that of a drawing moved by a pixel: the max-pool's alone is not."""
+    drawing = np.random.default_rng(seed).random((5, 5))
+    weight, bias, sums = np.random.default_rng([seed, 1]).standard_normal((3, 3, 1, 2)), np.zeros(2), {}
+    for blur in (True, False):
+        x = np.zeros((4, 18, 18, 1))
+        for image, (row, column) in zip(x, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+            image[row + corner[0] :, column + corner[1] :][:5, :5, 0] = drawing
+        pooled = library.back(conv_max_pool(*library.to((x, weight, bias)), blur=blur)).clip(0)
+        sums[blur] = pooled.sum((1, 2))  # [4, 2]
+    assert_close(sums[True], np.broadcast_to(sums[True][:1], (4, 2)))
+    assert np.ptp(sums[False], axis=0).max() > 1e-3
+
+
+@given(kind=st.sampled_from(("pooled", "blurred")), data=st.data(), seed=seeds)
+def test_pooled_features_are_four_normed_convs_and_a_mean(library, kind, data, seed):
     """Four 3x3 convs 'same', each with a max-pool where there is room, ReLU, and mean 0 and variance 1 for an image."""
+    config = data.draw(configs(shared_features=4, shared_convs=kind))
     parameters, x = generic_parameters(config, seed), images_for(config.image_size, config.image_channels, seed)
     y = channels_first(x)
     for number in range(4):
         y = conv(y, parameters, f"shared.conv{number}", 1, 1)
-        y = (F.max_pool2d(y, 2) if y.shape[-1] > 1 else y).relu()
-        y = F.layer_norm(y, y.shape[1:], eps=NORM_EPS)
+        if y.shape[-1] > 1:
+            y = F.max_pool2d(y, 2) if kind == "pooled" else blurred(y)
+        y = F.layer_norm(y.relu(), y.shape[1:], eps=NORM_EPS)
     found = shared_features(library.to(parameters), config, library.to(x))
     assert_close(found, POOLED_SCALE * y.mean((2, 3)).reshape(2, 3, 4))
 

@@ -110,6 +110,13 @@ def test_rows_are_commands(tmp_path):
     hours = [*rows.LENGTHS["hours"], "--seed", "3", "--start", "runs/omniglot/1shot-8ch-logits-hour-seed1"]
     assert rows.training("1shot-8ch-logits-hours-seed1")[2:] == hours
     assert "--seed" not in rows.training("5shot-8ch-logits-hours")
+    start = ["--start", "runs/omniglot/1shot-8ch-logits-quick-seed1"]
+    blurred = [*rows.LENGTHS["hour"], *rows.BLURRED, "--seed", "3", *start]
+    assert rows.training("1shot-8ch-logits-quick-blurred-seed1")[2:] == blurred
+    blurred = [*rows.LENGTHS["hour"], *rows.BLURRED, "--seed", "4", "--start", "runs/omniglot/1shot-8ch-logits-hours"]
+    assert rows.training("1shot-8ch-logits-hours-blurred")[2:] == blurred
+    start = ["--start", "runs/omniglot/1shot-8ch-logits-hours-blurred", *rows.RATE]
+    assert rows.training("5shot-8ch-logits-hours-blurred")[2:] == [*rows.TIMES["5"], *rows.BLURRED, *start]
     twice = [*rows.LENGTHS["twice"], "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-quick"]
     assert rows.training("1shot-48ch-logits-twice")[2:] == twice
     twice = ["--episodes", "10240", "--workers", "1", "--start", "runs/omniglot/1shot-48ch-logits-twice", *rows.RATE]

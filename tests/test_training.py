@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from strategies import configs, seeds
 from tolerances import assert_close
 
-from mini_ht import Config, InputError, draw_parameters, load
+from mini_ht import Config, InputError, draw_parameters, load, save
 from mini_ht import bench as bench_module
 from mini_ht.bench import bench_training
 from mini_ht.datasets.images import ImageSet
@@ -276,6 +276,13 @@ def test_a_training_begins_with_another_generator(tmp_path):
     assert all(np.array_equal(second[name], first[name]) for name in parameter_table(CONFIG))
     with pytest.raises(InputError, match=r"cannot start there: slope is 0.0 in .* and 0.5 in .*; set slope to 0.0"):
         fresh_state(dataclasses.replace(later, slope=0.5), CPU)
+    kinds = {kind: dataclasses.replace(later, shared_convs=kind) for kind in ("strided", "pooled", "blurred")}
+    save(tmp_path / "pooled.safetensors", first, dataclasses.replace(CONFIG, shared_convs="pooled"))
+    pooled = {"start": str(tmp_path / "pooled.safetensors")}
+    fresh_state(dataclasses.replace(kinds["blurred"], **pooled), CPU)
+    for config in (kinds["blurred"], kinds["pooled"], dataclasses.replace(kinds["strided"], **pooled)):
+        with pytest.raises(InputError, match=r"cannot start there: shared_convs is '.*' in .*; set shared_convs to"):
+            fresh_state(config, CPU)
     with pytest.raises(InputError, match=r"cannot start there: .* has \[.* start from a generator of the same"):
         fresh_state(dataclasses.replace(later, channels=3), CPU)
     with pytest.raises(InputError, match=r"conv1\.weight is missing in"):

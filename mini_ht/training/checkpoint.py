@@ -50,7 +50,8 @@ def fresh_state(config: Config, device: torch.device) -> State:
         generator = open_generator(config.start)
         parameters = dict(generator.parameters)
         for kind in KINDS:
-            if (theirs := getattr(generator.config, kind)) != (ours := getattr(config, kind)):
+            theirs, ours = getattr(generator.config, kind), getattr(config, kind)
+            if theirs != ours and (theirs, ours) != ("pooled", "blurred"):  # those are near enough to go on
                 why = f"{kind} is {theirs!r} in {config.start} and {ours!r} in this config"
                 raise InputError(f"cannot start there: {why}; set {kind} to {theirs!r}, or start elsewhere")
         for name, shape in layout.shapes.items():

@@ -8,10 +8,11 @@ import rows
 
 from mini_ht.figures import new_figure, save_figure
 
-RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide"}  # words in a row's name
+# Words in a row's name.
+RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide", "blurred": "-hours-blurred"}
 LENGTHS = ("-brief", "-quick", "-twice", "-short", "", "-hour", "-hours", "-long", "-longer")
 OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
-COLOURS = (ADAPTED, "#009E73", OURS, GENERATED)
+COLOURS = (ADAPTED, "#009E73", OURS, GENERATED, "#CC79A7")
 
 
 def figures(row: str) -> dict[str, Any]:

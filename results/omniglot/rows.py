@@ -17,7 +17,9 @@ layer) or logits. Behind that may stand, in this order:
   trained before), hours (95 more for that of the row with hour, and other episodes), long (130 of one core in place of
   that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
   two cores for that of the row with long);
-- upright (16 more minutes of a core, all like that quarter, for that of the row without this word);
+- upright (16 more minutes of a core, all like that quarter, for that of the row without this word) or blurred (60 more
+  of two cores, the features' pools blurred, for that of the row without this word, and other episodes; with 5 shots as
+  any row, behind that of 1 shot);
 - alphabet (Lake's split);
 - seedS.
 
@@ -44,7 +46,7 @@ from mini_ht.plan import cnn_size
 HERE = Path(__file__).parent
 NAME = re.compile(
     r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(brief|quick|twice|short|hours|hour|longer|long|more))?"
-    r"(-upright)?(-alphabet)?(-seed\d+)?"
+    r"(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
@@ -67,6 +69,7 @@ EARLIER = {"twice": "-quick", "hour": "", "hours": "-hour", "long": "", "more": 
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
+BLURRED = ["--shared-convs", "blurred"]
 WIDE = ["--way", "40", "--episodes-per-step", "8"]  # as many images in a step
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
@@ -96,7 +99,7 @@ def training(row: str) -> list[str]:
     """The command that trains a row, behind `mini-ht`; without data and run folder. InputError for another name."""
     if not (found := NAME.fullmatch(row)):
         raise InputError(f"{row!r} is no row; wanted a name such as 1shot-8ch-logits or 5shot-16ch-all-alphabet-seed1")
-    shot, channels, layers, recipe, length, upright, alphabet, seed = found.groups()
+    shot, channels, layers, recipe, length, ending, alphabet, seed = found.groups()
     name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
     preset(name)
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
@@ -106,17 +109,20 @@ def training(row: str) -> list[str]:
     more = [*usual, *(STRIDED if strided else [])]
     if recipe == "wide" and more[0] == "--episodes":
         more[1] = str(int(more[1]) // 2)  # as many images
+    upright, blurred = ending == "-upright", ending == "-blurred" and shot == "1"
     if upright:
         more = [*UPRIGHT_TIMES[shot], *UPRIGHT, *(STRIDED[:2] if strided else [])]
+    if ending == "-blurred":
+        more = [*(LENGTHS["hour"] if blurred else more), *BLURRED]
     more += WIDE if recipe == "wide" else []
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     number = int(seed[5:]) if seed else 0
-    number += 2 if length in ("hours", "twice") and longer else 0  # other episodes than those of the row before
+    number += 2 * (length in ("hours", "twice") and longer) + 2 * blurred  # other episodes than those of the row before
     more += ["--seed", str(number)] if number else []
-    if upright:
-        return ["train", name, *more, "--start", str(RUNS / row.replace(upright, ""))]
+    if upright or blurred:
+        return ["train", name, *more, "--start", str(RUNS / row.replace(ending, ""))]
     more += STRIDED_RATE if strided and shot == "1" else []
     more += ["--start", str(RUNS / row.replace(f"-{length}", EARLIER[length]))] if longer else []
     more += ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE] if shot == "5" else []
