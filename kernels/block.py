@@ -62,8 +62,8 @@ def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1, padding: int =
 def conv_max_pool(x: Array, weight: Array, bias: Array, impl: str = "auto", *, blur: bool = False) -> Array:
     """conv 3x3 'same' with one weight for all images, then 2x2 max-pool (valid) where a map has two rows or more.
 
-    With blur, ReLU and a pool at every pixel, and a blur before every second row and column is dropped: a drawing that
-    moves by a pixel changes less (Zhang, ICML 2019, arXiv 1904.11486).
+    With blur, ReLU and a pool at every pixel, and a blur before every second row and column is dropped, so that less
+    depends on which ones they are (Zhang, ICML 2019, arXiv 1904.11486).
     x [B, H, W, Cin], weight [3, 3, Cin, Cout], bias [Cout] -> [B, H // 2, W // 2, Cout], or like x.
     """
     if min(x.shape[1:3]) < 2:

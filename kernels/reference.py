@@ -81,7 +81,7 @@ def blur_pool(x: Floats) -> Floats:
     largest = np.maximum(np.maximum(largest[:, :, :-1], largest[:, :, 1:]), 0)  # [B, H - 1, W - 1, C]
     p = np.pad(largest, ((0, 0), (1, 1), (1, 1), (0, 0)))  # [B, H + 1, W + 1, C]
     rows = (p[:, :-2:2] + 2 * p[:, 1:-1:2] + p[:, 2::2]) / 4  # [B, H // 2, W + 1, C]
-    return (rows[:, :, :-2:2] + 2 * rows[:, :, 1:-1:2] + rows[:, :, 2::2]) / 4
+    return (rows[:, :, :-2:2] + 2 * rows[:, :, 1:-1:2] + rows[:, :, 2::2]) / 4  # [B, H // 2, W // 2, C]
 
 
 def batch_norm(x: Floats, gamma: Floats, beta: Floats, eps: float) -> tuple[Floats, tuple[Floats, Floats]]:

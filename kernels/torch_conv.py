@@ -36,8 +36,9 @@ def blur_pool(x: Tensor) -> Tensor:
     """
     largest = F.relu(F.max_pool2d(x.permute(0, 3, 1, 2), 2, 1))  # [B, C, H - 1, W - 1]
     line = (2 - torch.arange(-1, 2, dtype=x.dtype, device=x.device).abs()) / 4  # [3], made there: graphs may hold it
-    blur = (line[:, None] * line).expand(x.shape[-1], 1, 3, 3)  # one for each channel
-    return F.conv2d(largest, blur, stride=2, padding=1, groups=x.shape[-1]).permute(0, 2, 3, 1)
+    blur = (line[:, None] * line).expand(x.shape[-1], 1, 3, 3)  # [C, 1, 3, 3]
+    y = F.conv2d(largest, blur, stride=2, padding=1, groups=x.shape[-1])  # [B, C, H // 2, W // 2]
+    return y.permute(0, 2, 3, 1)  # [B, H // 2, W // 2, C]
 
 
 def torch_layout(images: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class Config:
     encoder: Literal["pre-norm", "post-norm"] = "pre-norm"  # Layer norm before or (released code) after each part
     activation: Literal["relu", "gelu"] = "relu"  # Activation of the feed-forward part
     shared_features: int = 32  # Width of the image features shared by all layers; 0 for none
-    shared_convs: Literal["strided", "pooled", "blurred"] = "strided"  # Strided (released), pooled, or blurred, too
+    shared_convs: Literal["strided", "pooled", "blurred"] = "strided"  # Strided (released), or pooled, blurred or not
     taper: bool = False  # First two convs behind the shared features a quarter and a half as wide: cheaper
     local_features: int = 8  # Width of each conv that looks at a layer's own input activations; 0 for none
     allocation: Literal["output", "spatial"] = "output"  # A placeholder is an output channel or a kernel position

@@ -22,7 +22,7 @@ def shared_widths(config: Config) -> tuple[int, ...]:
 def shared_features(parameters: Parameters, config: Config, support: Array) -> Array:
     """The image embedding s: four 3x3 convs 'same', then the mean over space.
 
-    Each conv is strided, then ReLU (released code); or has a max-pool, blurred or not, ReLU and a norm over the map.
+    Each conv is strided, then ReLU (released code); or has ReLU, a pool, blurred or not, and a norm over the map.
     support [E, n, H, W, C] -> [E, n, shared features] (width 0 when the config asks for none).
     """
     episodes, images = support.shape[:2]

@@ -113,6 +113,8 @@ def test_rows_are_commands(tmp_path):
     start = ["--start", "runs/omniglot/1shot-8ch-logits-quick-seed1"]
     blurred = [*rows.LENGTHS["hour"], *rows.BLURRED, "--seed", "3", *start]
     assert rows.training("1shot-8ch-logits-quick-blurred-seed1")[2:] == blurred
+    with pytest.raises(InputError, match=r"only pooled convs can go on blurred"):
+        rows.training("1shot-8ch-logits-strided-blurred")
     blurred = [*rows.LENGTHS["hour"], *rows.BLURRED, "--seed", "4", "--start", "runs/omniglot/1shot-8ch-logits-hours"]
     assert rows.training("1shot-8ch-logits-hours-blurred")[2:] == blurred
     start = ["--start", "runs/omniglot/1shot-8ch-logits-hours-blurred", *rows.RATE]

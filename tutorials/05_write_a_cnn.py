@@ -72,8 +72,8 @@ assert np.array_equal(shared[0], x.mean((1, 2)))
 
 # %%
 # Most Omniglot presets have ``shared_convs="pooled"``: each conv is followed by a max-pool and ReLU, and an image's map
-# is brought to mean 0 and variance 1. Such features learn faster (``docs/recipe.md``). (With ``"blurred"`` the pools do
-# not care so much at which pixel they cut.)
+# is brought to mean 0 and variance 1. Such features learn faster (``docs/recipe.md``). (``"blurred"`` is that
+# with a blur before pixels are dropped.)
 
 pooled = dataclasses.replace(config, shared_convs="pooled")
 x = support[0]  # [n, H, W, C]

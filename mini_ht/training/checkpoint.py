@@ -43,7 +43,7 @@ class State:
 def fresh_state(config: Config, device: torch.device) -> State:
     """The start of a training: moments at zero, parameters from the config's seed, or of the generator `config.start`.
 
-    Raises InputError where that generator cannot be read, or has other sizes or kinds of parts.
+    Raises InputError where that generator cannot be read, or has other sizes or kinds of parts (but pooled to blurred).
     """
     layout, parameters = Layout(config), draw_parameters(config, config.seed)
     if config.start:

@@ -18,8 +18,8 @@ layer) or logits. Behind that may stand, in this order:
   that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
   two cores for that of the row with long);
 - upright (16 more minutes of a core, all like that quarter, for that of the row without this word) or blurred (60 more
-  of two cores, the features' pools blurred, for that of the row without this word, and other episodes; with 5 shots as
-  any row, behind that of 1 shot);
+  of two cores, the features' pools blurred, for that of the row without this word, and other episodes; with 5 shots the
+  length before it, for the generator of the row blurred of 1 shot);
 - alphabet (Lake's split);
 - seedS.
 
@@ -103,6 +103,8 @@ def training(row: str) -> list[str]:
     name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
     preset(name)
     strided, longer = recipe == "strided", length in EARLIER and shot == "1"
+    if strided and ending == "-blurred":
+        raise InputError(f"{row!r} is no row: only pooled convs can go on blurred; leave out one of the two words")
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     if length in ("brief", "quick", "twice", "short") or longer:
         usual = LENGTHS.get(f"{shot}shot-{length}", LENGTHS[length])
