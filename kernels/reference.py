@@ -78,8 +78,8 @@ def blur_pool(x: Floats) -> Floats:
     x [B, H, W, C] -> [B, H // 2, W // 2, C]; beyond the edge there are zeros.
     """
     largest = np.maximum(x[:, :-1], x[:, 1:])  # [B, H - 1, W, C]
-    largest = np.maximum(np.maximum(largest[:, :, :-1], largest[:, :, 1:]), 0)  # [B, H - 1, W - 1, C]
-    p = np.pad(largest, ((0, 0), (1, 1), (1, 1), (0, 0)))  # [B, H + 1, W + 1, C]
+    p = np.zeros((len(x), x.shape[1] + 1, x.shape[2] + 1, x.shape[3]), x.dtype)
+    np.maximum(np.maximum(largest[:, :, :-1], largest[:, :, 1:]), 0, out=p[:, 1:-1, 1:-1])  # [B, H - 1, W - 1, C]
     rows = (p[:, :-2:2] + 2 * p[:, 1:-1:2] + p[:, 2::2]) / 4  # [B, H // 2, W + 1, C]
     return (rows[:, :, :-2:2] + 2 * rows[:, :, 1:-1:2] + rows[:, :, 2::2]) / 4  # [B, H // 2, W // 2, C]
 
