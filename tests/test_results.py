@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -174,16 +175,22 @@ def test_the_table_of_rows_is_in_the_documents(tmp_path):
         assert config | {"start": ""} == wanted
 
 
-def test_the_figure_of_rows(tmp_path, monkeypatch):
-    """It is drawn from the folders; a row's training counts that of the row before, and of 40 classes twice."""
+def test_the_best_rows_and_their_figure(tmp_path, monkeypatch):
+    """Both come from the folders, docs/results.md has the first; training counts that before, and 40 classes twice."""
     monkeypatch.syspath_prepend(ROOT / "results/omniglot")
     figure = load(ROOT / "results/omniglot/figure.py", tmp_path)
     figure.draw(tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert figure.training_episodes("1shot-8ch-logits-hour") == 136_880 + 240_192
-    wide = figure.rows.kept_summary("1shot-8ch-logits-wide")["episodes"]
-    assert figure.training_episodes("1shot-8ch-logits-wide") == 2 * wide
-    assert set(figure.best(1)) >= {4, 8, 16} and figure.best(1)[8] >= 91.54
+    best, rows = figure.best, figure.rows
+    assert best.table() in (ROOT / "docs/results.md").read_text()
+    assert best.training_episodes("1shot-8ch-logits-hour") == 136_880 + 240_192
+    wide = rows.kept_summary("1shot-8ch-logits-wide")["episodes"]
+    assert best.training_episodes("1shot-8ch-logits-wide") == 2 * wide
+    found = best.best(shot=1, generate="logits", split="random")
+    assert set(found) >= {4, 8, 16} and figure.accuracy(found[8]) >= 91.54
+    alike = [row for row in rows.found_rows() if re.match(r"1shot-8ch-logits(?!.*alphabet)", row)]
+    assert found[8] in alike and figure.accuracy(found[8]) == max(map(figure.accuracy, alike))
+    assert best.best(shot=1, split="alphabet")[8].startswith("1shot-8ch-logits-quick-alphabet")
 
 
 @needs_omniglot

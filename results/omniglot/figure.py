@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import best
 import rows
 
 from mini_ht.figures import new_figure, save_figure
@@ -15,26 +16,9 @@ OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
 COLOURS = (ADAPTED, "#009E73", OURS, GENERATED, "#CC79A7")
 
 
-def figures(row: str) -> dict[str, Any]:
-    """A row's figures, disjoint and norm batch."""
-    return rows.read_lines(rows.HERE / row / "evaluate.jsonl")[0]
-
-
-def training_episodes(row: str) -> float:
-    """Counted as if all had 20 classes, with those of the row that this one began with."""
-    found, command = rows.kept_summary(row), rows.training(row)
-    before = training_episodes(Path(command[command.index("--start") + 1]).name) if "--start" in command else 0
-    return before + found["episodes"] * found["config"]["way"] / 20
-
-
-def best(shot: int) -> dict[int, float]:
-    """Accuracy (%) of the best row by channels."""
-    found: dict[int, float] = {}
-    for row in rows.found_rows():
-        config = rows.kept_summary(row)["config"]
-        if config["shot"] == shot:
-            found[config["channels"]] = max(found.get(config["channels"], 0), 100 * figures(row)["accuracy"])
-    return dict(sorted(found.items()))
+def accuracy(row: str, name: str = "accuracy") -> float:
+    """A row's accuracy or its interval (%), disjoint and norm batch."""
+    return 100 * best.figures(row)[0][name]
 
 
 def logarithmic(axes: Any, *ticks: int) -> None:
@@ -47,9 +31,10 @@ def logarithmic(axes: Any, *ticks: int) -> None:
 def draw_channels(axes: Any) -> None:
     """Accuracy against channels: the best rows, and what the paper has by its own protocol."""
     for shot, style in ((1, "-"), (5, "--")):
+        here = {channels: accuracy(row) for channels, row in best.best(shot=shot).items()}
         paper = {channels: [float(text) for text in both.split(", ")] for channels, both in rows.PAPER[shot].items()}
         ht, maml = ({channels: both[which] for channels, both in paper.items()} for which in (0, 1))
-        lines = (best(shot), "here", OURS), (ht, "paper: HT", GENERATED), (maml, "paper: MAML++", ADAPTED)
+        lines = (here, "here", OURS), (ht, "paper: HT", GENERATED), (maml, "paper: MAML++", ADAPTED)
         for points, name, colour in lines:
             label = f"{name}, {shot} shot{'s' * (shot > 1)}"
             axes.plot(list(points), list(points.values()), color=colour, linestyle=style, marker="o", label=label)
@@ -62,9 +47,9 @@ def draw_recipes(axes: Any) -> None:
     measured = rows.found_rows()
     for (label, word), colour in zip(RECIPES.items(), COLOURS, strict=True):
         trained = [row for length in LENGTHS if (row := f"1shot-8ch-logits{word}{length}") in measured]
-        trained.sort(key=training_episodes)
-        x = [training_episodes(row) / 1000 for row in trained]
-        y, bars = ([100 * figures(row)[name] for row in trained] for name in ("accuracy", "interval"))
+        trained.sort(key=best.training_episodes)
+        x = [best.training_episodes(row) / 1000 for row in trained]
+        y, bars = ([accuracy(row, name) for row in trained] for name in ("accuracy", "interval"))
         axes.errorbar(x, y, bars, color=colour, marker="o", capsize=3, label=f"recipe: {label}")
     axes.set(xlabel="training: thousands of episodes of 20 classes", ylabel="accuracy, 1 shot, 8 channels (%)")
     logarithmic(axes, 20, 50, 100, 200, 500, 1000, 2000)
