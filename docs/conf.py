@@ -81,6 +81,7 @@ def visit_block(self, node):
 def keep_links_inside(app, name, source):
     """Markdown pages also live in the repository: what they link to there and not here becomes plain text."""
     page = Path(app.env.doc2path(name))
+    folder = page.parent
     if page.suffix != ".md":
         return
     if include := INCLUDE.fullmatch(source[0]):
@@ -89,8 +90,13 @@ def keep_links_inside(app, name, source):
 
     def plain(match: re.Match[str]) -> str:
         image, text, target = match.groups()
-        inside = (page.parent / target.partition("#")[0]).resolve().is_relative_to(app.srcdir)
-        return match[0] if image or inside else f"`{text}`" if "." in text and "`" not in text else text
+        path, mark, place = target.partition("#")
+        file = (page.parent / path).resolve()
+        if image:
+            return match[0]
+        if file.is_relative_to(app.srcdir):  # an included page lies elsewhere than the page that includes it
+            return f"[{text}]({os.path.relpath(file, folder)}{mark}{place})"
+        return f"`{text}`" if "." in text and "`" not in text else text
 
     source[0] = LINK.sub(plain, source[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +20,16 @@ LOADS = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]+)\"|<lin
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site as HTML, with the code of the tutorials rendered and not run; tests/test_tutorials.py runs it."""
-    # Built from copies, as the gallery is written beside its sources.
+    # Built from copies, as the gallery is written beside its sources, and links between pages lead to where files are.
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("docs", "tutorials", "kernels", "mini_ht", "results", "ARCHITECTURE.md"):
-        if name != "docs":
-            (folder / name).symlink_to(ROOT / name)
+    for name in ("tutorials", "mini_ht", "results"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "ARCHITECTURE.md", folder)
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     sources = folder / "docs"
-    sources.mkdir()
-    for file in (ROOT / "docs").iterdir():
-        if file.name not in ("_build", "tutorials", "sg_execution_times.rst"):
-            (sources / file.name).symlink_to(file)
+    shutil.copytree(
+        ROOT / "docs", sources, ignore=shutil.ignore_patterns("_build", "tutorials", "sg_execution_times.rst")
+    )
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-D", "plot_gallery=0"]
     done = subprocess.run([*command, sources, folder / "site"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -40,6 +41,12 @@ def test_every_page_is_there(site):
     for page in (*PAGES, *(f"tutorials/{file.stem}" for file in TUTORIALS)):
         assert (site / f"{page}.html").exists(), page
     assert {file.stem for file in site.rglob("*.ipynb")} == {file.stem for file in TUTORIALS}
+
+
+def test_pages_lead_to_each_other(site):
+    """A link between pages is one on the site, from an included page, too."""
+    for page, target in (("results", "recipe.html#views"), ("architecture", "recipe.html#blurred-pools")):
+        assert f'href="{target}"' in (site / f"{page}.html").read_text(), page
 
 
 def test_pages_load_nothing_from_elsewhere(site):

@@ -21,11 +21,6 @@ COLUMNS = (
 )
 
 
-def figures(row: str) -> list[dict[str, Any]]:
-    """A row's figures, by `rows.WAYS`; the first is disjoint and norm batch."""
-    return rows.read_lines(rows.HERE / row / "evaluate.jsonl")
-
-
 def training_episodes(row: str) -> float:
     """Counted as if all had 20 classes, with those of the row that this one began with."""
     found, command = rows.kept_summary(row), rows.training(row)
@@ -41,7 +36,7 @@ def best(**wanted: Any) -> dict[int, str]:
         if any(config[name] != value for name, value in wanted.items()):
             continue
         beaten = found.setdefault(config["channels"], row)
-        if figures(row)[0]["accuracy"] > figures(beaten)[0]["accuracy"]:
+        if rows.kept_figures(row)[0]["accuracy"] > rows.kept_figures(beaten)[0]["accuracy"]:
             found[config["channels"]] = row
     return dict(sorted(found.items()))
 
@@ -50,7 +45,7 @@ def entries(row: str | None, *ways: int) -> list[str]:
     """A row's accuracy with a link, those in other ways, and how long it was trained; empty where there is no row."""
     if row is None:
         return [""] * (len(ways) + 2)
-    first, *others = (rows.percent(figures(row)[way]) for way in (0, *ways))
+    first, *others = (rows.percent(rows.kept_figures(row)[way]) for way in (0, *ways))
     return [f"[{first}](../results/omniglot/{row})", *others, f"{training_episodes(row) / 1000:,.0f}"]
 
 

@@ -18,7 +18,7 @@ COLOURS = (ADAPTED, "#009E73", OURS, GENERATED, "#CC79A7")
 
 def accuracy(row: str, name: str = "accuracy") -> float:
     """A row's accuracy or its interval (%), disjoint and norm batch."""
-    return 100 * best.figures(row)[0][name]
+    return 100 * rows.kept_figures(row)[0][name]
 
 
 def logarithmic(axes: Any, *ticks: int) -> None:

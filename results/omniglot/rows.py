@@ -180,9 +180,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
 
 
+def kept_figures(row: str) -> list[dict[str, Any]]:
+    """A row's figures, by `WAYS`; the first is disjoint and norm batch."""
+    return read_lines(HERE / row / "evaluate.jsonl")
+
+
 def check(row: str, data_dir: str) -> str:
     """Train a row anew and compare it with what is kept; SystemExit if the two differ."""
-    kept = read_lines(HERE / row / "evaluate.jsonl")[0]
+    kept = kept_figures(row)[0]
     with tempfile.TemporaryDirectory() as folder:
         train(row, data_dir, Path(folder) / "run")
         again = measure(Path(folder) / "run", data_dir, *WAYS[0])
@@ -216,7 +221,7 @@ def kept_summary(row: str) -> dict[str, Any]:
 
 def line(row: str) -> str:
     """A row of the table."""
-    figures = [percent(one) for one in read_lines(HERE / row / "evaluate.jsonl")]
+    figures = [percent(one) for one in kept_figures(row)]
     views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")]
     views += [""] * (4 - len(views))
     summary = kept_summary(row)
