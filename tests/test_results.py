@@ -202,7 +202,10 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
     row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)
     rows.run(row, data, tmp_path / "run")
-    assert {file.name for file in (tmp_path / row).iterdir()} == {*rows.KEPT, "evaluate.jsonl", "command.txt"}
+    wanted = {*rows.KEPT, "evaluate.jsonl", "command.txt", "machine.txt"}
+    assert {file.name for file in (tmp_path / row).iterdir()} == wanted
+    assert rows.kept_machine(row).endswith(("float32", "bfloat16"))
+    assert f"| {rows.kept_machine(row)}, 1 |" in rows.table().splitlines()[2]
     kept = [json.loads(text) for text in (tmp_path / row / "evaluate.jsonl").read_text().splitlines()]
     assert [(figures["protocol"], figures["norm"]) for figures in kept] == rows.WAYS
     assert rows.percent(kept[1]) in rows.table().splitlines()[2] and "| 32 |" in rows.table()

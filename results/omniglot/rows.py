@@ -29,6 +29,7 @@ measured is kept in a folder of the row's name beside this file.
 
 import argparse
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -39,9 +40,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mini_ht import Config, InputError, preset
 from mini_ht.parameters import generator_size
 from mini_ht.plan import cnn_size
+from mini_ht.training.workers import storage_dtype
 
 HERE = Path(__file__).parent
 NAME = re.compile(
@@ -90,6 +94,7 @@ COLUMNS = [
     *(f"{', '.join(way)}, {VIEWS} views{more}" for more in ("", ", queries too") for way in WAYS[:2]),
     "episodes",
     "minutes",
+    "machine, processes",
     "generator, CNN",
     "paper: HT, MAML++",
 ]
@@ -152,6 +157,18 @@ def measure(
     return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
 
 
+def machine(config: Config) -> str:
+    """What trains a row here: the GPU, or the processor and the instructions that torch uses, and how it stores."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = str(storage_dtype(config, device)).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {stored}"
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    name = re.sub(r"\(R\)|\(TM\)| Processor", "", named[1]) if named else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {stored}"
+
+
 def run(row: str, data_dir: str, run_dir: Path) -> None:
     """Train and measure a row, and keep what is small."""
     train(row, data_dir, run_dir)
@@ -162,6 +179,7 @@ def run(row: str, data_dir: str, run_dir: Path) -> None:
         shutil.copy(run_dir / name, folder)
     write_lines(folder / "evaluate.jsonl", figures)
     (folder / "command.txt").write_text(f"mini-ht {shlex.join(training(row))} --data-dir DIR --run-dir RUN\n")
+    (folder / "machine.txt").write_text(machine(kept_config(row)) + "\n")
 
 
 def measure_views(row: str, data_dir: str, run_dir: Path) -> None:
@@ -193,6 +211,7 @@ def check(row: str, data_dir: str) -> str:
         again = measure(Path(folder) / "run", data_dir, *WAYS[0])
     allowed = kept["interval"] + again["interval"] + AGAIN
     text = f"{row} has {percent(again)} %, kept are {percent(kept)} %; up to {100 * allowed:.2f} points may lie between"
+    text += f"; machine here: {machine(kept_config(row))}, then: {kept_machine(row)}"
     if abs(again["accuracy"] - kept["accuracy"]) > allowed:
         raise SystemExit(f"not reproduced: {text}")
     return f"reproduced: {text}"
@@ -219,15 +238,27 @@ def kept_summary(row: str) -> dict[str, Any]:
     return json.loads((HERE / row / "summary.json").read_text())
 
 
+def kept_config(row: str) -> Config:
+    """The config by which a row was trained."""
+    return Config.from_json(json.dumps(kept_summary(row)["config"]))
+
+
+def kept_machine(row: str) -> str:
+    """What trained a row: processor, instructions, numbers."""
+    return (HERE / row / "machine.txt").read_text().strip()
+
+
 def line(row: str) -> str:
     """A row of the table."""
     figures = [percent(one) for one in kept_figures(row)]
     views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")]
     views += [""] * (4 - len(views))
     summary = kept_summary(row)
-    config = Config.from_json(json.dumps(summary["config"]))
+    config = kept_config(row)
     published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
-    cost = f"{summary['episodes']:,}", f"{summary['seconds'] / 60:.1f}"
+    command = training(row)
+    where = f"{kept_machine(row)}, {command[command.index('--workers') + 1]}"
+    cost = f"{summary['episodes']:,}", f"{summary['seconds'] / 60:.1f}", where
     sizes = f"{generator_size(config):,}, {cnn_size(config):,}"
     return cells([f"[{row}](../results/omniglot/{row})", *figures, *views, *cost, sizes, published])
 
