@@ -70,13 +70,13 @@ gpu: $(READY)
 	out=results/gpu/$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
 	mkdir -p $$out; \
 	$(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_device.py 2>&1 | tee $$out/tests.txt; \
-	$(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $$out/compile_report.txt; \
 	$(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $$out 2>&1 | tee $$out/benchmark.txt; \
 	for impl in auto torch; do for count in 16 64; do \
 	  $(GPU_HT) bench train omniglot-20way-1shot-8ch --episodes-per-step $$count --impl $$impl --json; \
 	done; done 2>&1 | tee $$out/training_speed.txt; \
 	$(GPU_HT) train omniglot-20way-1shot-8ch --minutes 1 --episodes-per-step 64 --data-dir $(OMNIGLOT) \
-	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt
+	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt; \
+	$(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $$out/compile_report.txt
 
 clean:
 	rm -rf $(VENV) build docs/_build docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

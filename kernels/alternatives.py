@@ -47,7 +47,8 @@ def one_episode(x: Tensor, weights: Sequence[Tensor], gammas: Sequence[Tensor], 
     for weight, gamma, beta in zip(weights, gammas, betas, strict=True):
         filters = weight.permute(3, 2, 0, 1).to(images.dtype)
         images = F.max_pool2d(F.relu(F.conv2d(images, filters, padding=1)), 2)
-        images = F.batch_norm(images, None, None, gamma, beta, training=True, eps=NORM_EPS)
+        normal = F.batch_norm(images, None, None, gamma, beta, training=True, eps=NORM_EPS)
+        images = normal.to(images.dtype)  # under vmap it is float32
     return images.permute(0, 2, 3, 1)
 
 
@@ -109,6 +110,8 @@ def alternatives(cuda: bool) -> dict[str, Net]:
         "loop": loop,
     }
     if cuda:
+        torch._dynamo.reset()  # else, after a few problems, they would run as they are
+        torch._functorch.config.donated_buffer = False  # so that backward alone can run again and again
         nets["compile"] = torch.compile(grouped(last))
         nets["compile max-autotune"] = torch.compile(grouped(last), mode="max-autotune-no-cudagraphs")
     return nets

@@ -19,6 +19,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 NETS = tuple((images, width) for images in (1, 3) for width in (8, 16, 32, 64))
 KINDS = (("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "bf16x3"), ("float32", "ieee"), ("float16", "tf32"))
 QUICK = {(1, 8), (8, 8), (16, 16), (3, 32), (32, 32), (64, 64)}
+FUSED = {"enable_fp_fusion": True}  # as `triton_launch.run` has it
 SHORT = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 
 
@@ -64,7 +65,7 @@ def kernel_and_constants(entry: Entry, hopper: bool) -> tuple[Any, dict[str, Any
         }  # fmt: skip
         module = {"finish_block": triton_weights, "output_sums": triton_backward}.get(entry.job, triton_forward)
         big = entry.job == "finish_block" and window.inputs * window.outputs >= 1024
-        return getattr(module, entry.job), values, {"num_warps": 8 if big else 4, "num_stages": 1}
+        return getattr(module, entry.job), values, {"num_warps": 8 if big else 4, "num_stages": 1, **FUSED}
     tile = choose(entry.job, entry.inputs, entry.outputs, entry.dtype, entry.precision, hopper)
     module = {"forward": triton_forward, "input": triton_backward, "weight": triton_weights}[entry.job]
     values = {
@@ -72,7 +73,7 @@ def kernel_and_constants(entry: Entry, hopper: bool) -> tuple[Any, dict[str, Any
         "PIXELS": tile.pixels, "PRECISION": entry.precision, "DT": getattr(tl, entry.dtype), **flags,
     }  # fmt: skip
     kernel = getattr(module, f"{entry.job}_{tile.form}")
-    return kernel, values, {"num_warps": tile.warps, "num_stages": tile.stages}
+    return kernel, values, {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
 
 
 def parameter_type(name: str, dtype: str) -> str:
@@ -141,7 +142,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], choices=[80, 90], help="default: 80 90")
     chosen = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     print("arch   kernel            dtype  precision  channels  windows  warps  registers  spilled  shared  tensor")
     failed = count = 0
     for capability in chosen.arch:

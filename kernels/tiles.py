@@ -100,7 +100,8 @@ def for_float32(tile: Tile, precision: str, job: str) -> Tile:
         return replace(tile, windows=16, warps=8 if job != "forward" and many else 4)
     if precision == "ieee":
         warps = 4 if job != "weight" and (tile.inputs == 16 or tile.outputs == 32) else 8
-        return replace(tile, windows=16, pixels=min(16, max(2, 32 // tile.inputs)), warps=warps)
+        least = 16 // tile.outputs if job == "input" else 2  # triton 3.6 wants products over 16 values or more
+        return replace(tile, windows=16, pixels=min(16, max(2, 32 // tile.inputs, least)), warps=warps)
     if precision == "bf16x3" and taps and job != "weight":
         return replace(tile, windows=tile.windows // 2)
     if precision == "bf16x3":

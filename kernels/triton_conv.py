@@ -21,6 +21,7 @@ from mini_ht.kernels.triton_parts import INTERPRETED
 __all__ = ["batch_norm", "blur_pool", "conv2d", "conv_max_pool", "conv_stack", "supports"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_EPISODES = 2**16 - 1  # CUDA's limit for the second axis of a grid
 PRECISIONS = ("tf32", "ieee", "bf16x3")
 Statistics = tuple[Tensor, Tensor]
 
@@ -34,6 +35,8 @@ def complaint(x: Tensor, weights: Sequence[Tensor]) -> str:
     if x.ndim != 5 or x.layout != torch.strided or not x.numel():
         return f"x has shape {list(x.shape)} and layout {x.layout}; wanted a dense [E, N, H, W, C] that is not empty"
     episodes, images, height, width, channels = x.shape
+    if episodes > MOST_EPISODES:
+        return f"x has {episodes} episodes; wanted {MOST_EPISODES} at most: split them, or take impl='torch'"
     for number, weight in enumerate(weights, start=1):
         if weight.shape[:-1] != (episodes, 3, 3, channels) or not 1 <= weight.shape[-1] <= LARGEST >= channels:
             wanted = f"[{episodes}, 3, 3, {channels}, Cout], at most {LARGEST} channels"
@@ -42,9 +45,9 @@ def complaint(x: Tensor, weights: Sequence[Tensor]) -> str:
             return f"weight {number} is {weight.dtype} on {weight.device}; wanted half or float32 on {x.device}"
         if min(height, width) < 2:
             return f"block {number} gets images of {height} x {width}; wanted 2 x 2 at least"
-        height, width, channels = height // 2, width // 2, weight.shape[-1]
-        if images * height * width >= 2**31:
+        if images * ((height + 1) // 2) * ((width + 1) // 2) >= 2**31:
             return f"an episode has {images} images; wanted fewer than 2^31 pooling windows: take fewer images"
+        height, width, channels = height // 2, width // 2, weight.shape[-1]
     return ""
 
 
@@ -55,7 +58,11 @@ def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def default_precision() -> str:
     """How float32 is multiplied: as torch's own convs would, in tf32 unless that is switched off."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # was set by torch's newer names
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed else "ieee"
 
 
 def conv_stack(
@@ -83,21 +90,16 @@ def conv_stack(
         raise InputError(f"precision is {precision!r}; choose {', '.join(PRECISIONS)}")
     count = len(weights)
     given = [part for pair in zip(*statistics, strict=True) for part in pair] if statistics else []
+    shapes = [(len(weight), weight.shape[-1]) for weight in weights]  # (E, Cout)
     added: list[Tensor] = []
     if biases and any(bias is not None for bias in biases):
-        both = zip(biases, weights, strict=True)
-        added = [w.new_zeros(len(w), w.shape[-1]) if b is None else b.contiguous() for b, w in both]
-    small = [[part.float().contiguous() for part in parts] for parts in (gammas, betas, given)]
-    results = torch.ops.mini_ht.conv_stack(
-        x.contiguous(),
-        [weight.contiguous() for weight in weights],
-        *small[:2],
-        added,
-        small[2],
-        slope,
-        eps,
-        precision or default_precision(),
-    )
+        both = zip(biases, weights, shapes, strict=True)
+        added = [w.new_zeros(shape) if b is None else b.expand(shape).contiguous() for b, w, shape in both]
+    # Kernels do not broadcast: what torch would repeat is repeated here, what does not fit is torch's error.
+    small = [[p.float().expand(s[1:]).contiguous() for p, s in zip(ps, shapes, strict=True)] for ps in (gammas, betas)]
+    given = [p.float().expand(s).contiguous() for p, s in zip(given, shapes * 2, strict=False)]
+    arguments = (x.contiguous(), [weight.contiguous() for weight in weights], *small, added, given)
+    results = torch.ops.mini_ht.conv_stack(*arguments, slope, eps, precision)
     if statistics:
         return results[0], list(statistics)
     return results[0], list(zip(results[1 : 1 + count], results[1 + count : 1 + 2 * count], strict=True))
@@ -120,7 +122,8 @@ def stack_op(
     precision: str,
 ) -> list[Tensor]:
     """y, then for each block: means and variances unless given, scales, shifts, pooled values, codes."""
-    y, blocks = launch.forward(x, weights, gammas, betas, biases, statistics, slope, eps, precision)
+    options = slope, eps, precision or default_precision()  # asked here, where torch.compile does not trace
+    y, blocks = launch.forward(x, weights, gammas, betas, biases, statistics, *options)
     names = ("scale", "shift", "p", "code") if statistics else ("mean", "variance", "scale", "shift", "p", "code")
     return [y, *(getattr(block, name) for name in names for block in blocks)]
 
@@ -169,7 +172,7 @@ def stack_backward_op(
     """Sums for gammas and betas [blocks, 2, C], dw, db if biased, d_statistics [E, 2, C] if given, dx if wanted."""
     columns = zip(means, variances, scales, shifts, pooled, codes, strict=True)
     blocks = [launch.Block(*parts) for parts in columns]
-    options = (slope, eps, precision)
+    options = (slope, eps, precision or default_precision())
     return Backward(g, g_statistics, x, weights, gammas, biases, blocks, own, options)(wants_x)
 
 

@@ -33,7 +33,7 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, sta
     """One launch, on the device of the first argument."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def constants(tile: Tile, inputs: int, outputs: int, precision: str, x: Tensor, p: Tensor) -> dict[str, Any]:

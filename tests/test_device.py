@@ -79,6 +79,13 @@ def take(step: DeviceStep, rate: float, upright: bool = False) -> tuple[float, f
     return figures
 
 
+def trainer_of_workers(config: Config) -> Trainer:
+    """The trainer that shares steps between cores, also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return Trainer(config, IMAGES["train"], 1)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_the_step_is_that_of_the_workers(clip):
     """Each of six steps leaves the parameters, moments and average of the trainer that shares steps between cores.
@@ -87,7 +94,7 @@ def test_the_step_is_that_of_the_workers(clip):
     of are left out: Adam makes whole steps of the rounding of zeros.
     """
     config = dataclasses.replace(CONFIG, clip=clip, shift=1, mirror=True)
-    trainer, step = Trainer(config, IMAGES["train"], 1), device_step(config)
+    trainer, step = trainer_of_workers(config), device_step(config)
     assert trainer.graph is None
     for number in range(6):
         rate, upright = 1e-3 * (1 + number), number > 2
@@ -104,7 +111,7 @@ def test_the_step_is_that_of_the_workers(clip):
 
 def shapes_of_equal_steps(config: Config, count: int, which: int) -> set[tuple[int, ...]]:
     """Shapes of one input over steps whose loss and accuracy are those of the trainer that shares steps."""
-    trainer, step = Trainer(config, IMAGES["train"], 1), device_step(config)
+    trainer, step = trainer_of_workers(config), device_step(config)
     shapes = set()
     for _ in range(count):
         assert take(step, 1e-3)[:2] == pytest.approx(trainer.step(1e-3)[:2], rel=1e-5)

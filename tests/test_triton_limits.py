@@ -1,0 +1,147 @@
+"""What the Triton path refuses, repeats or asks torch before it launches, and what the benchmark compares it with."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import TRITON_TOLERANCE, relative_error
+
+from mini_ht.kernels import NORM_EPS, conv_stack
+
+if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
+    pytest.skip("there is no triton for this system", allow_module_level=True)
+
+from mini_ht.kernels import alternatives, benchmark, compile_report, triton_conv, triton_launch
+from mini_ht.kernels.problems import Problem
+from mini_ht.kernels.tiles import LARGEST, choose
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = TRITON_TOLERANCE["float32" if DEVICE == "cpu" else "tf32"]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    """Random numbers that are never far from 1, so that they serve as variances, too."""
+    return torch.from_numpy(1 + 0.2 * np.random.default_rng(0).standard_normal(shape)).float().to(DEVICE)
+
+
+@pytest.mark.parametrize("lead", [(1,), ()], ids=["one episode's", "without episodes"])
+def test_what_torch_repeats_is_repeated(lead):
+    """Statistics for one episode serve all, and a gamma of one channel all channels, with the torch path's results."""
+    x, weight = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 8)
+    shared = (normal(*lead, 8), normal(*lead, 8) ** 2)
+    both = []
+    for impl in ("triton", "torch"):
+        gamma = normal(1).requires_grad_()
+        statistics = [tuple(part.clone().requires_grad_() for part in shared)]
+        given_statistics = statistics if impl == "triton" else [tuple(part.expand(3, 8) for part in statistics[0])]
+        y, _ = conv_stack(x, [weight], [gamma], [normal(8)], None, given_statistics, impl=impl)
+        both.append([y, *torch.autograd.grad(y.square().sum(), [gamma, *statistics[0]])])
+    for mine, other in zip(*both, strict=True):
+        assert mine.shape == other.shape and relative_error(mine.detach(), other.detach()) <= TOLERANCE
+
+
+def test_what_does_not_fit_is_not_read():
+    """A bias, gamma or statistic of another size is torch's error, and no kernel reads beyond it."""
+    x, weight, gamma = normal(2, 2, 6, 5, 3), normal(2, 3, 3, 3, 8), normal(8)
+    wrong = {"biases": [normal(3, 8)], "statistics": [(normal(2, 8), normal(2, 4))], "gammas": [normal(7)]}
+    for name, parts in wrong.items():
+        arguments = {"gammas": [gamma], "betas": [gamma], "biases": None, "statistics": None} | {name: parts}
+        with pytest.raises(RuntimeError, match="must match the existing size"):
+            conv_stack(x, [weight], **arguments, impl="triton")
+
+
+@pytest.mark.parametrize("convs", [False, True], ids=["all backends", "cuDNN's convs"])
+def test_torch_says_how_float32_is_multiplied(convs):
+    """The Triton path follows torch's setting by its newer names, too, also inside what torch.compile traces."""
+    if not hasattr(torch.backends.cudnn, "conv") or not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has only the older name")
+    place = torch.backends.cudnn.conv if convs else torch.backends
+    before = place.fp32_precision
+    x, weight, gamma = normal(1, 2, 6, 5, 3), normal(1, 3, 3, 3, 8), normal(8)
+
+    def net(x):
+        return triton_conv.conv_stack(x, [weight], [gamma], [gamma], None, None, 0.0, NORM_EPS)[0]
+
+    plain = net(x)
+    try:
+        for precision in ("ieee", "tf32"):
+            place.fp32_precision = precision
+            assert triton_conv.default_precision() == precision
+            compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+            assert relative_error(compiled(x), plain) <= TRITON_TOLERANCE["tf32"]
+    finally:
+        place.fp32_precision = before
+    assert triton_conv.default_precision() == ("tf32" if torch.backends.cudnn.allow_tf32 else "ieee")
+
+
+def test_more_episodes_or_windows_than_a_launch_can_count():
+    """65,536 episodes, or 2^31 windows of an odd image rounded up, are left to torch with a reason."""
+    weight = torch.zeros(1, 3, 3, 1, 4, device=DEVICE)
+    many = torch.zeros(1, 1, 2, 2, 1, device=DEVICE).expand(2**16, 1, 2, 2, 1)
+    assert "has 65536 episodes" in triton_conv.complaint(many, [weight])
+    assert triton_conv.supports(many[:-1], [weight.expand(2**16 - 1, 3, 3, 1, 4)])
+    large = torch.zeros(1, 1, 3, 3, 1, device=DEVICE).expand(1, 2**29, 3, 3, 1)
+    assert "fewer than 2^31 pooling windows" in triton_conv.complaint(large, [weight])
+    assert triton_conv.supports(large[:, 1:], [weight])
+
+
+@given(
+    inputs=st.integers(1, LARGEST),
+    outputs=st.integers(1, LARGEST),
+    kind=st.sampled_from([("float32", "ieee"), ("float32", "tf32"), ("float32", "bf16x3"), ("bfloat16", "tf32")]),
+    hopper=st.booleans(),
+)
+def test_products_are_long_enough(inputs, outputs, kind, hopper):
+    """Every product sums over 16 values at least, as triton 3.6 wants it."""
+    for job in ("forward", "input", "weight"):
+        tile = choose(job, inputs, outputs, *kind, hopper)
+        channels = tile.outputs if job == "input" else tile.inputs
+        length = tile.windows if job == "weight" else tile.pixels * channels
+        assert length >= 16, (job, tile)
+
+
+def test_kernels_are_launched_as_they_are_reported():
+    """The options of a launch are those that the compile report compiles with: no default of triton decides."""
+    launched: dict[str, object] = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.update(options)
+
+    triton_launch.run(Kernel(), (1,), torch.zeros(1), warps=8)
+    entry = compile_report.Entry("apply_norm", 8, 8, "bfloat16", "tf32")
+    _, _, reported = compile_report.kernel_and_constants(entry, True)
+    assert launched.keys() == reported.keys() and launched["enable_fp_fusion"] is reported["enable_fp_fusion"] is True
+
+
+def test_alternatives_are_compiled_for_every_problem(monkeypatch):
+    """torch.compile gets every net of every problem, for its shapes alone, and the backward pass can be repeated."""
+    compiled, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(all(isinstance(size, int) for part in inputs for size in part.shape))
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: compiler(net, backend=backend))
+    for channels in (4, 5, 6, 7, 8, 9):
+        net = alternatives.alternatives(True)["compile"]
+        passes = benchmark.steps(net, Problem("small", 2, 2, 16, 1, channels).draw("cpu", torch.float32))
+        assert len(passes["backward"]()) == len(passes["backward"]()) == len(passes["both"]()) == 12
+        before = len(compiled)
+        passes["forward"]()
+        assert len(compiled) == before + 1  # without gradients it is another graph
+    assert len(compiled) == 12 and all(compiled)
+
+
+def test_vmap_multiplies_what_is_stored():
+    """Under vmap, too, bfloat16 images stay bfloat16 from block to block."""
+    arguments = Problem("small", 2, 2, 16, 1, 4).draw("cpu", torch.bfloat16)
+    assert alternatives.vmapped(*arguments).dtype == torch.bfloat16
