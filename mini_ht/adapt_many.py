@@ -21,7 +21,7 @@ from mini_ht.memory import keep_freed_memory
 from mini_ht.support_folder import read_support
 
 # Tasks that are adapted and written together. Of their files only the first is run before it is put in place: a fault
-# in writing would show in every one.
+# in writing would show in every one. If it does, the next one is the first.
 BATCH = 16
 WRITERS = 2  # files of a batch that wait for the disk at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -70,6 +70,8 @@ def adapt_many(order: Order, root: Path, workers: int = 1) -> Iterator[tuple[int
     """
     generator = open_generator(order.checkpoint)
     folders = own_folders(root)
+    if order.out.exists() and not order.out.is_dir():
+        raise InputError(f"{order.out} is a file; give a folder, new or not, for the classifiers")
     if workers < 1:
         raise InputError(f"workers is {workers}; it must be at least 1")
     todo = [folder for folder in folders if order.force or not order.target(folder).exists()]
@@ -148,7 +150,7 @@ def adapt_batch(order: Order, generator: Generator, folders: Sequence[Path]) -> 
             try:
                 file = check_target(order.target(folder), order.force)
                 data = file_bytes(classifier, file, order.precision)
-                if task is tasks[0]:
+                if not writings:
                     check_bytes(data, classifier, file, task.images[:4], order.precision)
                 writings.append((folder, pool.submit(write_atomically, file, data)))
             except InputError as error:

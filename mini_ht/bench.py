@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mini_ht.config import Config
-from mini_ht.datasets import open_dataset
+from mini_ht.datasets.glyphs import glyphs
 from mini_ht.training.loop import Trainer
 
 STEPS, WARM_UP = 60, 8
@@ -34,7 +34,7 @@ def bench_training(config: Config, workers: int = 0, steps: int = STEPS, impl: s
         process's time spent in sample, generate, classify, backward, wait (for other processes) and optimise; on a GPU
         in sample and in step, all the rest, and there is `peak_memory_mb`, that of the step.
     """
-    images = open_dataset("glyphs", size=config.image_size)["train"]
+    images = glyphs(0, 400, drawings=max(20, config.shot + config.unlabelled + config.queries), size=config.image_size)
     if config.image_channels > 1:
         images = type(images)(images.pixels.repeat(config.image_channels, -1), images.counts, images.names)
     trainer = Trainer(config, images, workers, impl=impl)

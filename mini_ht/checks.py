@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mini_ht.arrays import Array, Parameters, namespace
+from mini_ht.arrays import Array, Parameters, as_floats
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.parameters import parameter_table
@@ -24,7 +24,7 @@ def check_support(
         check_marks(name, array, kind, support)
     if not values:
         return
-    check_finite("support", support)
+    check_pixels("support", support, mask)
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= config.way:
         raise InputError(
@@ -43,7 +43,7 @@ def check_query(
     check_images("query", query, weight, shape, (5,) if batched else (4,), weight.shape[0] if batched else None)
     check_marks("mask", mask, "bool", query)
     if values:
-        check_finite("query", query)
+        check_pixels("query", query, mask)
 
 
 def check_images(
@@ -78,7 +78,9 @@ def check_marks(name: str, marks: Any, kind: str, images: Array) -> None:
         raise InputError(f"{name}: a {came} came; wanted {KINDS[kind]} {list(images.shape[:-3])}, one for each image")
 
 
-def check_finite(name: str, images: Array) -> None:
-    """No pixel is NaN or infinite."""
-    if not bool(namespace(images).isfinite(images).all()):
-        raise InputError(f"{name} holds NaN or infinite pixels; wanted values in [0, 1]")
+def check_pixels(name: str, images: Array, mask: Array | None) -> None:
+    """All pixels are numbers, in [0, 1] but for padding."""
+    seen = images if mask is None else images * as_floats(mask, images)[..., None, None, None]
+    low, high = float(seen.min()), float(seen.max())
+    if not (0 <= low and high <= 1):  # false for NaN, too
+        raise InputError(f"{name} holds pixels from {low:g} to {high:g}; wanted values in [0, 1]")

@@ -6,7 +6,8 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mini_ht.errors import InputError
-from mini_ht.files import check_regular
+from mini_ht.files import read_regular
 from mini_ht.folded import FoldedCNN, restored
 from mini_ht.onnx_graph import from_channels_first, written_here
 from mini_ht.task_classifier import TaskClassifier, class_array
@@ -31,7 +32,7 @@ def load_classifier(path: str | os.PathLike[str]) -> TaskClassifier:
     Raises InputError when the file is missing, cut short or from another program.
     """
     file, data = _read(path)
-    try:
+    with _damage_named(file):
         if file.suffix == ".onnx":
             read_model(data)
             run: Any = OnnxNetwork(data)
@@ -39,12 +40,6 @@ def load_classifier(path: str | os.PathLike[str]) -> TaskClassifier:
         else:
             run, found = unpack(data)
         return _classifier(run, found)
-    except InputError:
-        raise
-    except Exception as error:  # zip, JSON, protobuf: damage has many names
-        raise InputError(
-            f"{file} is cut short or is no classifier of mini_ht ({_line(error)}); write it anew"
-        ) from error
 
 
 def load_network(path: str | os.PathLike[str]) -> TaskClassifier:
@@ -52,7 +47,7 @@ def load_network(path: str | os.PathLike[str]) -> TaskClassifier:
     file, data = _read(path)
     if file.suffix == ".npz":
         return load_classifier(file)
-    try:
+    with _damage_named(file):
         model = read_model(data)
         from onnx import numpy_helper
 
@@ -62,12 +57,18 @@ def load_network(path: str | os.PathLike[str]) -> TaskClassifier:
             stored[tensor.name] = from_channels_first(tensor.name, numpy_helper.to_array(tensor))
         shape = tuple(json.loads(found["preprocess"])["shape"])
         return _classifier(FoldedCNN(restored(stored), float(found["slope"]), shape), found)
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """What goes wrong inside is the fault of the file."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(
-            f"{file} is cut short or is no classifier of mini_ht ({_line(error)}); write it anew"
-        ) from error
+    except Exception as error:  # zip, JSON, protobuf: damage has many names
+        why = f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"[:200]
+        raise InputError(f"{file} is cut short or is no classifier of mini_ht ({why}); write it anew") from error
 
 
 def read_model(data: bytes) -> Any:
@@ -84,12 +85,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
     if file.suffix not in SUFFIXES:
         raise InputError(f"{file} has suffix {file.suffix!r}; wanted {' or '.join(SUFFIXES)}")
     try:
-        check_regular(file, 1 << 50)
-        if file.stat().st_size > LARGEST_FILE:
-            raise InputError(
-                f"{file} has {file.stat().st_size:,} bytes; a classifier has kilobytes: it is another file"
-            )
-        return file, file.read_bytes()
+        return file, read_regular(file, LARGEST_FILE)
     except OSError as error:
         raise InputError(f"cannot read {file} ({error.strerror}); write it with 'mini-ht adapt'") from error
 
@@ -117,15 +113,16 @@ def _classifier(run: Run, found: Mapping[str, str]) -> TaskClassifier:
 def pack(network: FoldedCNN, about: Mapping[str, str], precision: str) -> bytes:
     """An .npz of the arrays, in the precision that `FoldedCNN.stored` knows, and the metadata as JSON."""
     arrays: dict[str, Any] = network.stored(precision)
-    arrays["metadata"] = np.frombuffer(
-        json.dumps(about).encode(), np.uint8
-    )  # as text it would take four bytes a letter
+    # As text it would take four bytes a letter.
+    arrays["metadata"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez_compressed(packed := io.BytesIO(), **arrays)
     return packed.getvalue()
 
 
 def unpack(data: bytes) -> tuple[FoldedCNN, dict[str, str]]:
     """Back from `pack`."""
+    if not data.startswith(b"PK"):
+        raise ValueError("it is no .npz file")
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         if sum(file.file_size for file in stored.zip.infolist()) > LARGEST_FILE:
             raise ValueError("it unpacks to gigabytes")
@@ -163,8 +160,3 @@ def installed(name: str) -> Any:
     except ImportError as error:
         what = "use a .npz file, or run: pip install 'mini_ht[export]'"
         raise InputError(f"{name} is not installed, which .onnx files need; {what}") from error
-
-
-def _line(error: Exception) -> str:
-    """An error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"[:200]

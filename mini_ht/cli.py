@@ -42,7 +42,7 @@ USAGE = """mini-ht: a transformer that reads a few labelled images and writes a 
 'mini-ht COMMAND --help' explains the options. First time? 'mini-ht train' takes two minutes and needs no data.
 """
 NO_MEMORY = "allocate memory|out of memory|start new thread|create a primitive|unable to resize file"
-DataDir = Annotated[Path | None, arg(help="Omniglot's two archives (downloaded if not given), or the class folders.")]
+DataDir = Annotated[Path | None, arg(help="Omniglot's two archives (downloaded if not given), class folders, pickles.")]
 Json = Annotated[bool, arg(name="json", help="Print one line of JSON instead of text.")]
 Name = Annotated[Positional[str], arg(metavar="PRESET", help="What to train; 'mini-ht presets' lists them.")]
 
@@ -68,10 +68,10 @@ class Train:
 class Evaluate:
     """Accuracy of a trained generator on episodes of unseen classes, with its 95 % interval and two yardsticks.
 
-    Whatever is not given is as in training.
+    Way, shot, unlabelled images, norm and split are as in training where they are not given.
     """
 
-    checkpoint: Annotated[Positional[Path], arg(help="A run folder, a file, or a pretrained one: omniglot.")]
+    checkpoint: Annotated[Positional[Path], arg(help="A run, a file, or omniglot, omniglot-1shot, omniglot-any.")]
     data_dir: DataDir = None
     episodes: Annotated[int, arg(help="Episodes; quote nothing below 1,000.")] = 1000
     norm: Annotated[Literal["batch", "support"] | None, arg(help="Norm statistics of the query pass.")] = None
@@ -109,17 +109,14 @@ class Presets:
 
 def train(options: Train) -> None:
     """Train, measure, and write summary and figures."""
-    from mini_ht.training.loop import check_data
     from mini_ht.training.loop import train as run_training
-    from mini_ht.training.report import clear_run, report
+    from mini_ht.training.report import report
 
     config = options.config
     run_dir = options.run_dir or Path("runs") / options.preset
     images = open_images(config, options.data_dir)
-    check_data(config, images)
-    if options.overwrite and not options.resume:
-        clear_run(run_dir)
-    state = run_training(config, images, run_dir, resume=options.resume, workers=options.workers)
+    how = {name: getattr(options, name) for name in ("resume", "overwrite", "workers")}
+    state = run_training(config, images, run_dir, **how)
     print(report(config, images["test"], run_dir, state))
 
 
@@ -130,6 +127,8 @@ def evaluate(options: Evaluate) -> None:
     generator = open_generator(str(options.checkpoint))
     parameters, config = generator.parameters, generator.config
     split = options.split or config.split
+    if options.split and config.dataset != "omniglot":
+        raise InputError(f"--split is for omniglot, and this generator was trained on {config.dataset}; leave it out")
     if split != config.split:
         note = f"note: trained on split {config.split!r}, so some of these classes were seen in training"
         print(note, file=sys.stderr)
@@ -145,8 +144,8 @@ def evaluate(options: Evaluate) -> None:
     task = config.task | {"way": way} | {name: value for name, value in given.items() if value is not None}
     norm = options.norm or config.norm
     how = (options.episodes, norm, options.seed, options.views, options.query_views)
-    figures = measure(parameters, config, images[options.part], task, *how)
-    figures |= {"split": split if config.dataset == "omniglot" else None, "part": options.part}
+    figures = measure(parameters, replace(config, split=split), images[options.part], task, *how)
+    figures |= {"part": options.part}
     print(json.dumps(figures) if options.json else describe(figures))
 
 

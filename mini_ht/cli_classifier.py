@@ -18,7 +18,7 @@ from mini_ht.export import check_target
 
 BEST = 3  # classes of an image that the table shows
 
-Checkpoint = Annotated[Positional[str], arg(help="'omniglot', which comes with the package, a run folder or a file.")]
+Checkpoint = Annotated[Positional[str], arg(help="omniglot, omniglot-1shot, omniglot-any, a run folder or a file.")]
 Force = Annotated[bool, arg(help="Replace what is there.")]
 Precision = Annotated[
     Literal["float32", "float16", "int8"], arg(help="Of the numbers in the file: fewer bits, a smaller file.")

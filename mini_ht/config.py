@@ -42,8 +42,9 @@ class Config:
     residual_weights: bool = False  # Add learned weights, the same for every task, to the generated conv weights
 
     # The generator
-    generator: Literal["joint", "decoder", "separate"] = "joint"  # Encoder over all tokens; a decoder behind it; or
-    # separate: an encoder over the support images alone, and a decoder for the placeholders
+
+    # joint: an encoder over all tokens; decoder: a decoder behind that; separate: behind an encoder over images alone
+    generator: Literal["joint", "decoder", "separate"] = "joint"
     encoding: int = 32  # Width d of the class encodings xi and the placeholders mu
     layers: int = 3  # Encoder layers of each transformer
     heads: int = 2  # Attention heads

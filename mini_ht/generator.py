@@ -34,7 +34,7 @@ def generate(
         labels: [n] or [E, n] integers in -1 .. way-1; -1 means unlabelled.
         mask: [n] or [E, n] booleans, False for padding; None for no padding.
         impl: who computes the conv blocks, see `mini_ht.kernels`.
-        check: look at values, too (labels in range, no NaN), here and of queries. Shapes and dtypes always are.
+        check: look at values, too (labels and pixels in range), here and of queries. Shapes and dtypes always are.
 
     Returns:
         A GeneratedCNN, to be called with query images.

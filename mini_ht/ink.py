@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
-from mini_ht.datasets.images import read_upright
+from mini_ht.datasets.images import eight_bits, read_upright
 from mini_ht.errors import InputError
 
 PREPROCESS = ("ink", "none")
@@ -86,7 +86,8 @@ def _pixels(image: Source, channels: int, name: str) -> NDArray[np.float32]:
     if isinstance(image, str | Path):
         image = np.asarray(read_upright(image, channels, still=True))
     elif isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGBA"))
+        turned = ImageOps.exif_transpose(image)
+        image = np.asarray((eight_bits(turned) if turned.mode.startswith("I;16") else turned).convert("RGBA"))
     dtype = getattr(image, "dtype", np.dtype(object))
     if not isinstance(image, np.ndarray) or not (dtype in (np.uint8, bool) or dtype.kind == "f"):
         what = f"{type(image).__name__} of {getattr(image, 'dtype', 'no dtype')}"

@@ -37,7 +37,7 @@ def presets() -> dict[str, Config]:
     for shot in (1, 5):
         for channels in (8, 16, 32, 48, 64):
             released = Config(
-                dataset="folder", rotate=False, way=5, shot=shot, queries=20, image_size=84, image_channels=3,
+                dataset="mini-imagenet", rotate=False, way=5, shot=shot, queries=20, image_size=84, image_channels=3,
                 channels=channels, slope=0.01, heads=8, key_width=0.5, value_width=0.5, inner_width=0.5,
                 shared_features=16, local_features=16, minutes=240,
             )  # fmt: skip

@@ -30,10 +30,8 @@ def read_support(
     unlabelled = files.pop(UNLABELLED, [])
     classes = list(files)
     if not 2 <= len(classes) <= way:
-        raise InputError(
-            f"{root} has {len(classes)} class folders; this generator tells 2 .. {way} classes apart: "
-            "put the images of each class into a folder of their own"
-        )
+        advice = "take fewer" if len(classes) > way else "put the images of each class into a folder of their own"
+        raise InputError(f"{root} has {len(classes)} class folders; this generator tells 2 .. {way} apart: {advice}")
     if empty := [name for name, some in files.items() if not some]:
         raise InputError(f"no images in class folder {', '.join(str(root / name) for name in empty)}; put some in")
     images = [image for some in files.values() for image in some] + unlabelled

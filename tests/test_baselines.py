@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from mini_ht.baselines.cost import cost
 from mini_ht.baselines.maml import adapt, inner_loop, maml_loss, network, step_shares
 from mini_ht.baselines.method import NAMES, RECIPES, BaselineLayout, Method, draw
 from mini_ht.baselines.prototypes import prototype_logits
-from mini_ht.baselines.training import BaselineTrainer, load, train
+from mini_ht.baselines.training import BaselineTrainer, episode_loss, load, train
 from mini_ht.datasets import glyphs
+from mini_ht.episodes import Episodes
 from mini_ht.figures import read_metrics
 from mini_ht.kernels import NORM_EPS
 from mini_ht.training.checkpoint import STATE, VECTORS
@@ -221,6 +223,22 @@ def test_absent_classes_are_never_chosen():
     assert all(x.grad.isfinite().all() for x in parameters.values())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_smoothed_labels_leave_absent_classes_out(name):
+    """With smoothed labels, too, the loss is finite where a class has no labelled image."""
+    method = Method(name, 2, 0.3)
+    parameters, support, labels, query, targets = case(method, 0)
+    labels, targets = labels.masked_fill(labels == 2, 1), targets.clamp(max=1)
+    batch = Episodes(
+        support.float().numpy(), labels.numpy(), query.float().numpy(), targets.reshape(query.shape[:2]).numpy(),
+        *[np.zeros((len(support), CONFIG.way), int)] * 3,
+    )  # fmt: skip
+    configs = [dataclasses.replace(CONFIG, label_smoothing=share, precision="float32") for share in (0.0, 0.1)]
+    parameters = {name: x.detach().float().requires_grad_() for name, x in parameters.items()}
+    losses = [episode_loss(config, method, parameters, batch, 0.0)[0] for config in configs]
+    assert all(loss.isfinite() for loss in losses) and losses[0] != losses[1]
+
+
 SMALL = Config(
     **{"way": 5, "queries": 3, "channels": 6, "blocks": 2, "image_size": 14, "episodes": 320, "episodes_per_step": 8},
     **{"learning_rate": 1e-2, "conv_rate": 1.0, "dataset": "glyphs", "seed": 1, "precision": "float32"},
@@ -292,6 +310,10 @@ def test_resume_is_exact(tmp_path, images, monkeypatch):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
     fresh = BaselineLayout(config, method).join(draw(config, method))
     assert not torch.equal(whole.vector, fresh)
+    (tmp_path / "model").mkdir()
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "model")
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config, method, only, tmp_path / "model", quiet=True)
     (tmp_path / "whole" / STATE).write_bytes(b"")
     with pytest.raises(InputError, match="another copy"):
         train(config, method, only, tmp_path / "whole", resume=True, quiet=True)

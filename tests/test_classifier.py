@@ -118,7 +118,9 @@ def test_whatever_is_no_drawing(shape, tall, contrast, seed):
         assert ink.shape == (28, 28, 1) and 0 <= ink.min() < ink.max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["float", "bool", "rgb", "rgba", "pillow", "path", "turned"])
+@pytest.mark.parametrize(
+    "kind", ["float", "bool", "rgb", "rgba", "pillow", "16 bits", "path", "turned", "turned in memory"]
+)
 def test_every_kind_of_image(drawings, tmp_path, kind):
     """Floats, booleans, colours, transparency, Pillow images, files and EXIF turns give the same ink."""
     light = drawings[0, 0]
@@ -135,8 +137,10 @@ def test_every_kind_of_image(drawings, tmp_path, kind):
         "rgb": np.repeat(dark[..., None], 3, -1),
         "rgba": clear,
         "pillow": Image.fromarray(dark),
+        "16 bits": Image.fromarray(257 * dark.astype(np.uint16)),
         "path": tmp_path / "plain.png",
         "turned": str(tmp_path / "turned.png"),
+        "turned in memory": turned,
     }[kind]
     assert alike(to_ink(image), to_ink(dark)) > (0.97 if kind == "bool" else 0.999)
 

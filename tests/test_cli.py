@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,8 @@ def test_help_explains_config(call):
     code, out, _ = call("train", "--help")
     flat = " ".join(out.replace("│", " ").split())
     assert code == 0 and "--learning-rate" in flat and "Peak learning rate of AdamW" in flat and "--run-dir" in flat
+    assert "--generator {joint,decoder,separate} joint: an encoder over all tokens; decoder: " in flat
+    assert not re.search(r"([,;:]|\b(or|and)) \(default", flat)  # no help ends in mid-sentence
 
 
 def test_presets(call):
@@ -155,6 +158,16 @@ def test_evaluate_otherwise(call, trained):
     words = [word for key, value in chosen.items() for word in (f"--{key}", value)]
     code, out, _ = call("evaluate", trained, "--episodes", 10, "--json", *words)
     assert code == 0 and json.loads(out).items() >= chosen.items()
+
+
+def test_evaluate_says_what_was_measured(call, trained):
+    """The text names the part and what is unlike the usual; a split that the data set does not have is refused."""
+    for part, words in (("test", "unseen"), ("validation", "validation"), ("train", "train")):
+        _, out, err = call("evaluate", trained, "--episodes", 10, "--part", part, "--unlabelled", 1, "--views", 5)
+        assert f"10 episodes of {words} classes" in out and "norm batch, 1 unlabelled, 5 views\n" in out and not err
+    refused(call("evaluate", trained, "--episodes", 10, "--split", "alphabet"), "for omniglot", "trained on glyphs")
+    for words in (("evaluate", trained, "--episodes", 10), ("train", "quickstart", *TINY)):
+        refused(call(*words, "--data-dir", "photos"), "'glyphs' is built in", "--dataset")
 
 
 def test_resume_and_overwrite(call, trained, tmp_path):
@@ -280,12 +293,17 @@ def test_cut_short_checkpoint(call, trained, tmp_path, words, name, share):
     assert contents(tmp_path) == before
 
 
-def test_overwrite_keeps_the_old_run_until_a_step_is_done(call, trained, tmp_path):
-    """--overwrite with a task that the data cannot serve leaves the old run as it was."""
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(call, trained, tmp_path):
+    """--overwrite with what cannot be trained leaves the old run as it was; a run may begin with its own generator."""
     run = copy_of(trained, tmp_path / "run")
-    before = load(run)[1]
-    refused(call("train", "quickstart", *TINY, "--run-dir", run, "--overwrite", "--way", 50))
-    assert load(run)[1] == before
+    before = contents(run)
+    for words in (("--way", 50), ("--start", "nowhere"), ("--workers", -1), ("--start", "omniglot")):
+        refused(call("train", "quickstart", *TINY, "--run-dir", run, "--overwrite", *words))
+        assert contents(run) == before
+    again = ("--run-dir", run, "--overwrite", "--start", run, "--learning-rate", 1e-9, "--ema", 0)
+    assert call("train", "quickstart", *TINY, *again)[0] == 0
+    (old, _), (new, config) = load(trained), load(run)
+    assert config.start == str(run) and all(abs(new[name] - old[name]).max() < 1e-6 for name in old)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

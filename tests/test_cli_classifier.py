@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -176,6 +177,21 @@ def test_adapt_many(call, tmp_path, many, workers, monkeypatch):
         assert (tmp_path / "out" / f"task{number}.onnx").read_bytes() == (tmp_path / f"{number}.onnx").read_bytes()
 
 
+def test_adapt_many_writes_nothing_wrong(call, tmp_path, many, monkeypatch):
+    """Where the file that is checked differs from NumPy, no file of its batch is put in place."""
+    real = adapt_many_module.file_bytes
+
+    def wrong(classifier, file, precision):
+        arrays = {name: array + 0.5 for name, array in classifier.network.arrays.items()}
+        network = dataclasses.replace(classifier.network, arrays=arrays)
+        return real(dataclasses.replace(classifier, network=network), file, precision)
+
+    monkeypatch.setattr(adapt_many_module, "file_bytes", wrong)
+    code, out, err = call("adapt-many", "omniglot", many, "-o", "out", "--workers", 1)
+    assert code == 1 and "0 written, 0 were there, 5 failed" in out and err.count("would differ from NumPy") == 4
+    assert not contents(tmp_path / "out")
+
+
 def test_adapt_many_goes_on(call, tmp_path, many, monkeypatch):
     """Stopped half way, it leaves whole files, and goes on with what is missing; --force starts again."""
     monkeypatch.setattr(adapt_many_module, "BATCH", 2)
@@ -282,7 +298,7 @@ def taken(folder):
         (empty_class, ("no images in class folder", "empty")),
         (text_file, ("text.png", "not an image")),
         (animation, ("moving.gif", "2 frames")),
-        (too_many, ("28 class folders", "2 .. 20")),
+        (too_many, ("28 class folders", "2 .. 20", "take fewer")),
         (blank, ("blank.png", "no ink")),
         (nested, ("deeper", "not an image")),
         (taken, ("c.onnx is there", "--force")),
@@ -314,6 +330,9 @@ def test_bad_support(call, tmp_path, spoil, words):
         (("adapt-many", "omniglot", "support/alef", "-o", "out"), ("no folders",)),
         (("adapt-many", "none", "support", "-o", "out"), ("no checkpoint none",)),
         (("adapt-many", "omniglot", "many", "-o", "out", "--workers", "-1"), ("workers is -1",)),
+        (("adapt-many", "omniglot", "many", "-o", "query.png"), ("query.png is a file",)),
+        (("predict", "c.npz", "none.png"), ("none.png", "No such file")),
+        (("predict", "c.npz", "short.npz"), ("short.npz", "no known format")),
     ],
 )
 def test_bad_words(call, tmp_path, many, words, contains):

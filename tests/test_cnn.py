@@ -238,7 +238,7 @@ def test_queries_with_nan(library):
     cnn, query = small(library)
     query = query.copy()
     query[0, 0, 0, 0] = np.nan
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(InputError, match=r"query holds pixels from nan to nan"):
         cnn(library.to(query))
 
 

@@ -320,6 +320,10 @@ def test_cifar_fs(tmp_path, monkeypatch, large):
     if large:
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / "data" / "dog" / "new.png")
         assert open_dataset("folder", tmp_path / "data", size=8, channels=3)["test"].counts.tolist() == [4, 3]
+    for name, classes in (("train", "apple"), ("val", "bee\ncup")):  # one class moves over, and no file is another
+        (tmp_path / "data" / "splits" / "bertinetto" / f"{name}.txt").write_text(classes)
+    moved = open_dataset("folder", tmp_path / "data", size=8, channels=3)
+    assert [list(moved[part].names) for part in ("train", "validation")] == [["apple"], ["bee", "cup"]]
 
 
 def test_lists_of_classes_that_do_not_fit(tmp_path):

@@ -1,5 +1,6 @@
-"""What the README tells a reader to type works as printed, with less time and fewer episodes."""
+"""What the README and the cards tell a reader to type works as printed, with less time and fewer episodes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mini_ht import cli, load_pretrained
 from mini_ht.cli import main
 from mini_ht.training import report
 
@@ -35,6 +37,21 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"\bmake ([a-z]+)", README))
     assert {"train", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("name", ["omniglot", "omniglot-any"])
+def test_a_card_says_how_its_generator_was_trained(name, monkeypatch):
+    """The card's command, with the options of then, makes the config that is in the file."""
+    card = (ROOT / "docs/pretrained.md").read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    (line,) = re.findall(r"^\| trained by \|.*", card, re.M)
+    command, *more = re.findall(r"`((?:mini-ht train|--).*?)`", line)
+    commands: list[cli.Train] = []
+    monkeypatch.setattr(cli, "train", commands.append)
+    assert main(shlex.split(" ".join([command, *more]))[1:]) == 0
+    config = dataclasses.replace(
+        load_pretrained(name)[1], conv_rate=commands[0].config.conv_rate
+    )  # of no use where convs are generated
+    assert commands[0].config == config
 
 
 @pytest.mark.skipif(not OMNIGLOT.is_dir(), reason="no Omniglot archives; name their folder in MINI_HT_OMNIGLOT")

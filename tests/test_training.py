@@ -6,8 +6,10 @@ import dataclasses
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from multiprocessing import resource_tracker, spawn
 
@@ -22,10 +24,11 @@ from tolerances import assert_close
 from mini_ht import Config, InputError, draw_parameters, load, save
 from mini_ht import bench as bench_module
 from mini_ht.bench import bench_training
+from mini_ht.datasets.glyphs import glyphs
 from mini_ht.datasets.images import ImageSet
 from mini_ht.figures import read_metrics
 from mini_ht.parameters import parameter_table
-from mini_ht.training import loop
+from mini_ht.training import loop, workers
 from mini_ht.training.checkpoint import STATE, VECTORS, load_run, save_run
 from mini_ht.training.device import set_gradient
 from mini_ht.training.flat import Layout, kind
@@ -287,6 +290,12 @@ def test_a_training_begins_with_another_generator(tmp_path):
         fresh_state(dataclasses.replace(later, channels=3), CPU)
     with pytest.raises(InputError, match=r"conv1\.weight is missing in"):
         fresh_state(dataclasses.replace(later, generate="logits"), CPU)
+    here = {"dataset": "omniglot", "split": "alphabet"}
+    save(tmp_path / "omniglot.safetensors", first, dataclasses.replace(CONFIG, dataset="omniglot"))
+    split = dataclasses.replace(later, start=str(tmp_path / "omniglot.safetensors"), **here)
+    with pytest.raises(InputError, match=r"split is 'random' in .* and 'alphabet' in this config; set split to"):
+        fresh_state(split, CPU)
+    fresh_state(dataclasses.replace(split, dataset="glyphs"), CPU)
     with pytest.raises(InputError, match=r"no checkpoint .*, and no pretrained generator of that name"):
         run(dataclasses.replace(later, start=str(tmp_path / "nothing")), tmp_path / "third")
     assert not (tmp_path / "third").exists()
@@ -362,6 +371,40 @@ def test_divergence(tmp_path, monkeypatch):
     assert load_run(tmp_path, CONFIG, CPU).step == 0
 
 
+def test_a_start_that_is_far_off_may_learn(tmp_path):
+    """Wide features may begin at more than 10 times the loss of guessing: that is no divergence."""
+    config = dataclasses.replace(CONFIG, channels=64, blocks=1, image_size=16, episodes=40, learning_rate=1e-5)
+    images = {part: glyphs(number, 12, size=16) for number, part in enumerate(IMAGES)}
+    assert Trainer(config, images["train"], 1).step(0.0)[0] > loop.DIVERGED * math.log(config.way)
+    assert train(config, images, tmp_path, workers=1, quiet=True).step == 10
+
+
+def test_too_few_images_for_the_statistics_are_noticed_first(tmp_path):
+    """Norm statistics want `shot` images a class, also where `vary` trains with fewer."""
+    with pytest.raises(InputError, match=r"train images: .*wanted"):
+        run(dataclasses.replace(CONFIG, vary=1, shot=int(IMAGES["train"].counts.min())), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_whose_main_process_has_ended_says_nothing(monkeypatch):
+    """The pipe closes while a worker computes: it ends without an error of its own."""
+    here, there = multiprocessing.Pipe()
+    vector = fresh_state(CONFIG, CPU).vector
+
+    def closing(*arguments, **options):
+        here.close()
+        return vector, torch.zeros(2)
+
+    monkeypatch.setattr(workers, "gradient", closing)
+    here.send((0, False))
+    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    try:
+        assert workers.serve(there, CONFIG, IMAGES["train"], vector, vector.clone(), slice(0, 2)) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_full_disk(tmp_path, monkeypatch, function):
     """On a full disk saving raises InputError; the old files stay whole and nothing half written remains."""
@@ -413,7 +456,7 @@ def test_a_worker_that_ends_at_its_start():
 
 def test_bench(monkeypatch):
     """The bench reports a positive speed, and shares of all parts of a step that sum to 1."""
-    monkeypatch.setattr(bench_module, "open_dataset", lambda name, size: IMAGES)
+    monkeypatch.setattr(bench_module, "glyphs", lambda *which, drawings, size: IMAGES["train"])
     found = bench_training(CONFIG, workers=1, steps=4)
     assert found["episodes_per_second"] > 0 and found["workers"] == 1 and found["episodes_per_step"] == 4
     assert list(found["share"]) == ["sample", "generate", "classify", "backward", "wait", "optimise"]

@@ -25,6 +25,7 @@ from mini_ht.cnn import ConvLayer, GeneratedCNN, linear
 from mini_ht.config import Config
 from mini_ht.generator import present_classes
 from mini_ht.kernels import conv_stack
+from mini_ht.training.workers import smoothed_cross_entropy
 
 Parameters = Mapping[str, Tensor]
 
@@ -132,6 +133,5 @@ def maml_loss(
         if shares[step]:
             cnn = network(parameters, config, weights, step, images[0], labels[0], config.norm)
             logits = cnn(images[1]).flatten(0, 1)  # [E * m, way]
-            here = F.cross_entropy(logits, labels[1], label_smoothing=config.label_smoothing)
-            loss = loss + float(shares[step]) * here
+            loss = loss + float(shares[step]) * smoothed_cross_entropy(logits, labels[1], config.label_smoothing)
     return loss, (logits.detach().argmax(-1) == labels[1]).to(loss.dtype).mean()

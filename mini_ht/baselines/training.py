@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from mini_ht.training.checkpoint import FIGURES, STATE, VECTORS, State
 from mini_ht.training.loop import VALIDATION_EPISODES, Trainer, adamw, check_data, part_task, run_logged
 from mini_ht.training.schedule import progress
 from mini_ht.training.tasks import training_episodes
-from mini_ht.training.workers import Clock, Workers, storage_dtype
+from mini_ht.training.workers import Clock, Workers, smoothed_cross_entropy, storage_dtype
 
 Parameters = Mapping[str, Tensor]
 
@@ -47,7 +46,7 @@ def episode_loss(
     dtype = storage_dtype(config, support.device)
     logits = prototype_logits(parameters, config, support.to(dtype), labels, query.to(dtype), config.norm)
     flat = logits.flatten(0, 1)  # [E * m, way]
-    loss = F.cross_entropy(flat, targets, label_smoothing=config.label_smoothing)
+    loss = smoothed_cross_entropy(flat, targets, config.label_smoothing)
     return loss, (flat.detach().argmax(-1) == targets).to(loss.dtype).mean()
 
 
@@ -158,7 +157,7 @@ def train(
     check_data(config, images)
     if config.start:
         raise InputError(f"start is {config.start!r}; a baseline begins with its seed: leave start out")
-    if not resume and (run_dir / STATE).exists():
+    if not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
         raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
     torch.set_num_threads(1)  # small operations do not gain from more
     trainer = BaselineTrainer(config, method, images["train"], run_dir if resume else None)

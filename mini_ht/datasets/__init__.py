@@ -37,7 +37,7 @@ def open_dataset(
         raise InputError(f"got image size {size} and seed {seed}; give a size of at least 1 and a seed of at least 0")
     if name not in ("glyphs", "omniglot"):
         if data_dir is None:
-            raise InputError(f"data set {name!r} came without a data directory; name the one with its files")
+            raise InputError(f"data set {name!r} wants a data directory; name the one with its files (--data-dir)")
         if channels not in (1, 3):
             raise InputError(f"{channels} channels were asked for; data set {name!r} has 3, or 1 for grey")
         if name == "folder":
@@ -46,6 +46,8 @@ def open_dataset(
     if channels != 1:
         raise InputError(f"data set {name!r} has 1 channel, {channels} were asked for; set channels to 1")
     if name == "glyphs":
+        if data_dir is not None:
+            raise InputError("data set 'glyphs' is built in and takes no data directory; name another with --dataset")
         numbers = (("train", 400), ("validation", 50), ("test", 200))
         # Seeds 3s, 3s + 1 and 3s + 2: no two parts of any two seeds share a character.
         return {part: glyphs(3 * seed + i, classes, size=size) for i, (part, classes) in enumerate(numbers)}

@@ -40,7 +40,7 @@ def folder(data_dir: str | Path, size: int, channels: int, seed: int = 0) -> dic
     if total * size * size * channels <= SMALL:
         return {part: _read(root, images, size, channels) for part, images in files.items()}
     read = partial(read_image, size=size, channels=channels)
-    known = {str(file.relative_to(root)): file for part in files.values() for file in chain(*part.values())}
+    known = {f"{part}/{x.relative_to(root)}": x for part, images in files.items() for x in chain(*images.values())}
     return mapped(
         "folder", known, size, channels,
         lambda: {part: Source([p.name for p in images], list(images.values()), read) for part, images in files.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mini_ht.errors import InputError
 from mini_ht.files import read_regular
@@ -84,16 +84,17 @@ def read_upright(
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 _check(opened, data, still, most)
                 ImageOps.exif_transpose(opened, in_place=True)
-                image = _eight_bits(opened)
+                image = eight_bits(opened)
         if image.has_transparency_data:
             image = image if image.mode == "RGBA" else image.convert("RGBA")  # a copy is 256 MiB
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # decoders meet damage with errors of nearly every type
-        raise InputError(
-            f"{name}: not an image that can be read ({type(error).__name__}: {error}); "
-            "replace it by a whole PNG, JPEG or other common image file of moderate size, or remove it"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):  # what it could not open may be an object in memory
+            why = error.strerror or ("no known format" if isinstance(error, UnidentifiedImageError) else str(error))
+        advice = "give a whole PNG, JPEG or other common image file of moderate size"
+        raise InputError(f"{name}: not an image that can be read ({why}); {advice}") from error
 
 
 def _check(image: Image.Image, data: bytes, still: bool, most: int) -> None:
@@ -110,7 +111,7 @@ def _check(image: Image.Image, data: bytes, still: bool, most: int) -> None:
         raise ValueError("it holds at least 2 frames, one is wanted")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey, which Pillow would clip at 255, to 8 bits; other images pass unchanged."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range, convert them to 8 or 16 bits")

@@ -43,13 +43,15 @@ class State:
 def fresh_state(config: Config, device: torch.device) -> State:
     """The start of a training: moments at zero, parameters from the config's seed, or of the generator `config.start`.
 
-    Raises InputError where that generator cannot be read, or has other sizes or kinds of parts (but pooled to blurred).
+    Raises InputError where that generator cannot be read, has other sizes or kinds of parts (but pooled to blurred), or
+    was trained on another split.
     """
     layout, parameters = Layout(config), draw_parameters(config, config.seed)
     if config.start:
         generator = open_generator(config.start)
         parameters = dict(generator.parameters)
-        for kind in KINDS:
+        omniglot = generator.config.dataset == config.dataset == "omniglot"
+        for kind in KINDS + ["split"] * omniglot:  # one split's test classes are another's training classes
             theirs, ours = getattr(generator.config, kind), getattr(config, kind)
             if theirs != ours and (theirs, ours) != ("pooled", "blurred"):  # those are near enough to go on
                 why = f"{kind} is {theirs!r} in {config.start} and {ours!r} in this config"

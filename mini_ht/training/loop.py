@@ -23,13 +23,15 @@ from mini_ht.training.device import DeviceStep, set_gradient
 from mini_ht.training.distributed import ALONE, Ranks, join, restarted
 from mini_ht.training.flat import Layout
 from mini_ht.training.log import METRICS, Log, open_board, truncate_metrics
+from mini_ht.training.report import clear_run
 from mini_ht.training.schedule import average_decay, is_upright, learning_rate, progress
 from mini_ht.training.statistics import learn_statistics
 from mini_ht.training.workers import Clock, Workers
 
 CHECKPOINT_SECONDS = 60.0
 VALIDATION_EPISODES = 64
-DIVERGED = 10.0  # times the loss of guessing
+DIVERGED = 10.0  # times the loss of guessing, or of the first step, which wide features can put far off
+KEPT = "the last good checkpoint is kept. Train on with a lower learning_rate or a smaller clip"
 
 
 @contextmanager
@@ -89,8 +91,7 @@ class Trainer:
 
         With a GPU there is one, and impl is heard.
         """
-        self.ranks = ranks
-        self.config, self.layout = config, Layout(config)
+        self.config, self.layout, self.ranks = config, Layout(config), ranks
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.state = state or fresh_state(config, self.device)
         if self.device.type == "cpu":
@@ -138,11 +139,9 @@ class Trainer:
 
     def check(self, loss: float, norm: float) -> None:
         """Stop a training whose numbers broke down."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        came = f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}"
-        advice = "the last good checkpoint is kept. Resume with a lower learning_rate or a smaller clip"
-        raise InputError(f"{came}; {advice}")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            came = f"training broke down at step {self.state.step}: loss {loss}, gradient norm {norm}"
+            raise InputError(f"{came}; {KEPT}")
 
     def save(self, run_dir: Path) -> None:
         """Write the training state, then the model; each file is replaced in one step."""
@@ -160,10 +159,9 @@ class Trainer:
 
     def validate(self, images: ImageSet) -> float:
         """Accuracy on episodes of classes that are not trained on, the same episodes each time."""
-        config = self.config
-        batches = evaluation_episodes(images, VALIDATION_EPISODES, **part_task(config, images))
+        batches = evaluation_episodes(images, VALIDATION_EPISODES, **part_task(self.config, images))
         with torch.no_grad():
-            return evaluate(self.parameters, config, batches).accuracy
+            return evaluate(self.parameters, self.config, batches).accuracy
 
 
 def part_task(config: Config, images: ImageSet) -> dict[str, Any]:
@@ -175,9 +173,7 @@ def part_task(config: Config, images: ImageSet) -> dict[str, Any]:
 def check_data(config: Config, images: Mapping[str, ImageSet]) -> None:
     """Draw an episode of each part, so that too few classes or images are noticed before anything is written."""
     for part, some in images.items():
-        task = config.task if part == "train" else part_task(config, some)
-        if part == "train" and config.vary:
-            task["shot"] = config.vary
+        task = config.task | {"shot": max(config.shot, config.vary)} if part == "train" else part_task(config, some)
         if part == "test":
             task["way"] = config.way
         try:
@@ -192,6 +188,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     workers: int = 0,
     quiet: bool = False,
 ) -> State:
@@ -202,6 +199,7 @@ def train(
         images: "train" and, for the figures on the way, "validation".
         run_dir: where results go; must be new, or hold a run to resume.
         resume: go on from the last checkpoint. By episodes, the result is that of an uninterrupted run.
+        overwrite: of a run that is there, begin anew; it stays until this one can begin.
         workers: see Trainer. More than one are started anew, so that a script which calls this needs the usual
             `if __name__ == "__main__"`.
         quiet: no progress bar.
@@ -216,14 +214,16 @@ def train(
     check_data(config, images)
     ranks = join()
     resume = ranks.first and (resume or (restarted() and (run_dir / STATE).exists()))
-    if ranks.first and not resume and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
-        raise InputError(f"{run_dir} holds a run already; use --resume to go on, or another --run-dir")
+    if ranks.first and not (resume or overwrite) and ((run_dir / STATE).exists() or (run_dir / CHECKPOINT).exists()):
+        raise InputError(f"{run_dir} holds a run already; use --resume to go on, --overwrite, or another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = load_run(run_dir, config, device) if resume else fresh_state(config, device)
     ranks = ranks.begin(config, images["train"], state)
     trainer = Trainer(config, images["train"], workers, state, ranks=ranks)
     try:
         if ranks.first:
+            if overwrite and not resume:
+                clear_run(run_dir)
             lead(trainer, images, run_dir, quiet)
         else:
             follow(trainer)
@@ -265,7 +265,7 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
     started = time.perf_counter() - state.seconds
     saved = time.perf_counter()
     pause = max(5.0, 60 * config.minutes / 80) if not config.episodes else 20.0  # seconds between validations
-    next_validation, first = state.seconds + pause, state.step
+    next_validation, first, most = state.seconds + pause, state.step, 0.0
     try:
         while (done := progress(config, state.step * config.episodes_per_step, state.seconds)) < 1:
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
@@ -277,11 +277,11 @@ def run(trainer: Trainer, validation: ImageSet | None, run_dir: Path, log: Log) 
             loss, accuracy, norm = trainer.step(rate, upright=is_upright(config, done))
             now = time.perf_counter()
             state.seconds = now - started
-            if log.add(loss, accuracy, norm, rate, now - begun) > DIVERGED * math.log(config.way):
-                raise InputError(
-                    f"training diverged at step {state.step}: the loss is over {DIVERGED:.0f} times that of guessing; "
-                    "the last good checkpoint is kept. Train again with a lower learning_rate"
-                )
+            smooth = log.add(loss, accuracy, norm, rate, now - begun)
+            most = most or DIVERGED * max(smooth, math.log(config.way))
+            if smooth > most:
+                came = f"training diverged at step {state.step}: the loss is {smooth:.1f}, over {most:.1f}"
+                raise InputError(f"{came}; {KEPT}")
             if validation is not None and state.seconds >= next_validation:
                 log.validated(trainer.validate(validation))
                 next_validation = state.seconds + pause

@@ -48,17 +48,20 @@ def measure(
         score = evaluate(to_torch(parameters, device), config, batches(), norm, views, query_views)
     yardsticks = {"chance": 1 / task["way"], "pixel_nearest_mean": pixel_nearest_mean(batches()).accuracy}
     seconds = round(time.perf_counter() - start, 2)
-    how = {"norm": norm, "views": views, "query_views": query_views, "seed": seed, "seconds": seconds}
+    how: dict[str, Any] = {"norm": norm, "views": views, "query_views": query_views, "seed": seed, "seconds": seconds}
+    how |= {"split": config.split if config.dataset == "omniglot" else None, "part": "test"}
     return dataclasses.asdict(score) | yardsticks | dict(task) | how
 
 
 def describe(figures: Mapping[str, Any]) -> str:
     """The figures of `measure` as text."""
-    counts = {"views": figures["views"], "query views": figures["query_views"]}
-    views = "".join(f", {count} {name}" for name, count in counts.items() if count > 1)
+    least = {"unlabelled": 0, "views": 1, "query_views": 1}
+    more = [f"norm {figures['norm']}"] + [f"split {figures['split']}"] * bool(figures["split"])
+    more += [f"{figures[name]} {name.replace('_', ' ')}" for name, few in least.items() if figures[name] > few]
+    classes = "unseen" if figures["part"] == "test" else figures["part"]
     return (
-        f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of unseen classes, "
-        f"{figures['queries']} queries a class, protocol {figures['protocol']}, norm {figures['norm']}{views}\n"
+        f"{figures['way']}-way {figures['shot']}-shot, {figures['episodes']:,} episodes of {classes} classes, "
+        f"{figures['queries']} queries a class, protocol {figures['protocol']}, {', '.join(more)}\n"
         f"  accuracy                {100 * figures['accuracy']:6.2f} +- {100 * figures['interval']:.2f} %\n"
         f"  nearest mean of pixels  {100 * figures['pixel_nearest_mean']:6.2f} %\n"
         f"  chance                  {100 * figures['chance']:6.2f} %"

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -163,14 +164,13 @@ def serve(connection: Connection, config: Config, shared: Shared, vector: Tensor
     torch.set_num_threads(1)
     keep_freed_memory()
     parameters = Layout(config).leaves(vector)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        while True:
             step, upright = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            mine, figures = gradient(config, parameters, images, step, part, upright=upright)
-            result.copy_(mine)
-            connection.send(figures.tolist())
-        except Exception as error:
-            connection.send(error)
+            try:
+                mine, figures = gradient(config, parameters, images, step, part, upright=upright)
+                result.copy_(mine)
+                answer: Any = figures.tolist()
+            except Exception as error:
+                answer = error
+            connection.send(answer)
