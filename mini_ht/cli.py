@@ -138,8 +138,6 @@ def evaluate(options: Evaluate) -> None:
     way = config.way if options.way is None else options.way
     if not 2 <= way <= config.way:
         raise InputError(f"way is {way}; this generator serves 2 .. {config.way} classes")
-    if options.seed < 0:
-        raise InputError(f"seed is {options.seed}; it must be at least 0")
     given = {name: getattr(options, name) for name in ("shot", "unlabelled", "queries", "protocol")}
     task = config.task | {"way": way} | {name: value for name, value in given.items() if value is not None}
     norm = options.norm or config.norm

@@ -40,8 +40,10 @@ def evaluation_episodes(
 ) -> Iterator[Episodes]:
     """Episodes for evaluation, never turned, `batch` of them at a time; the same for the same arguments.
 
-    task: way, shot, and if wanted unlabelled and protocol, see `sample`.
+    task: way, shot, and if wanted unlabelled and protocol, see `sample`. Raises InputError for a seed below 0.
     """
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be at least 0")
     for start in range(0, episodes, batch):
         rng = np.random.default_rng([seed, EVALUATION_STREAM, start])
         yield sample(images, rng, min(batch, episodes - start), queries=queries, **task)

@@ -137,6 +137,12 @@ def test_fewer_classes_than_trained_for():
         assert cnn(batch.query).argmax(-1).max() <= 1
 
 
+def test_a_negative_seed():
+    """It is refused before any episode is drawn."""
+    with pytest.raises(InputError, match="seed is -1; it must be at least 0"):
+        next(evaluation_episodes(IMAGES, 2, seed=-1, way=2, shot=1))
+
+
 def test_no_episodes():
     """0 episodes raise InputError instead of giving NaN."""
     with pytest.raises(InputError, match="at least 1"):

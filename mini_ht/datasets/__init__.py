@@ -37,7 +37,7 @@ def open_dataset(
         raise InputError(f"got image size {size} and seed {seed}; give a size of at least 1 and a seed of at least 0")
     if name not in ("glyphs", "omniglot"):
         if data_dir is None:
-            raise InputError(f"data set {name!r} wants a data directory; name the one with its files (--data-dir)")
+            raise InputError(f"data set {name!r} came without a data directory; name the one with its files")
         if channels not in (1, 3):
             raise InputError(f"{channels} channels were asked for; data set {name!r} has 3, or 1 for grey")
         if name == "folder":

@@ -93,7 +93,7 @@ def read_upright(
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, OSError):  # what it could not open may be an object in memory
             why = error.strerror or ("no known format" if isinstance(error, UnidentifiedImageError) else str(error))
-        advice = "give a whole PNG, JPEG or other common image file of moderate size"
+        advice = "give a whole PNG, JPEG or other common image file of moderate size, or remove it"
         raise InputError(f"{name}: not an image that can be read ({why}); {advice}") from error
 
 
