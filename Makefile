@@ -69,7 +69,8 @@ gpu: $(READY)
 	set -e -o pipefail; \
 	out=results/gpu/$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
 	mkdir -p $$out; \
-	$(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_limits.py tests/test_device.py 2>&1 | tee $$out/tests.txt; \
+	$(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_limits.py tests/test_device.py tests/test_tune.py \
+	  tests/test_semi_supervised.py tests/test_extremes.py 2>&1 | tee $$out/tests.txt; \
 	$(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $$out 2>&1 | tee $$out/benchmark.txt; \
 	for impl in auto torch; do for count in 16 64; do \
 	  $(GPU_HT) bench train omniglot-20way-1shot-8ch --episodes-per-step $$count --impl $$impl --json; \

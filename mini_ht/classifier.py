@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -127,17 +128,15 @@ def encode(y: Sequence[Any] | NDArray[Any]) -> tuple[NDArray[np.integer], list[A
     """
     if isinstance(y, str) or not hasattr(y, "__len__") or getattr(y, "ndim", 1) != 1:
         raise InputError(f"labels came as {type(y).__name__}; wanted a list or vector with one label for each image")
-    labels = [label.item() if isinstance(label, np.generic) else label for label in y]
+    labels = [label.item() if hasattr(label, "item") else label for label in y]
     try:
         classes = list(dict.fromkeys(label for label in labels if not _unlabelled(label)))
     except TypeError as error:
         raise InputError(f"a label cannot be hashed ({error}); use text, numbers or tuples") from error
     if any(label != label for label in classes):
         raise InputError("a label is not a number (NaN); use -1 or None for an unlabelled image")
-    try:
+    with suppress(TypeError):  # of several kinds they stay in the order in which they came
         classes.sort()
-    except TypeError:
-        pass  # of several kinds: in the order in which they came
     numbers = {label: number for number, label in enumerate(classes)}
     return np.array([-1 if _unlabelled(label) else numbers[label] for label in labels], np.int64), classes
 

@@ -140,8 +140,7 @@ def evaluate(options: Evaluate) -> None:
         raise InputError(f"way is {way}; this generator serves 2 .. {config.way} classes")
     given = {name: getattr(options, name) for name in ("shot", "unlabelled", "queries", "protocol")}
     task = config.task | {"way": way} | {name: value for name, value in given.items() if value is not None}
-    norm = options.norm or config.norm
-    how = (options.episodes, norm, options.seed, options.views, options.query_views)
+    how = (options.episodes, options.norm or config.norm, options.seed, options.views, options.query_views)
     figures = measure(parameters, replace(config, split=split), images[options.part], task, *how)
     figures |= {"part": options.part}
     print(json.dumps(figures) if options.json else describe(figures))

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -320,6 +321,14 @@ def test_unlabelled_images_count(drawings):
 # Labels and scikit-learn's conventions
 
 LABELS = st.one_of(st.integers(0, 9), st.text(max_size=3), st.tuples(st.integers(), st.booleans()), st.floats(0, 1))
+
+
+def test_labels_of_other_libraries_are_numbers():
+    """A torch or NumPy vector of labels is numbered like the list of its numbers."""
+    y = [4, 4, -1, 2, 2]
+    for vector in (np.array(y), torch.tensor(y), np.array(y).astype(object)):
+        numbers, classes = encode(vector)
+        assert numbers.tolist() == [1, 1, -1, 0, 0] and classes == [2, 4]
 
 
 @given(st.lists(st.one_of(LABELS, st.just(-1), st.none()), max_size=12))

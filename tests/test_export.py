@@ -20,7 +20,7 @@ from mini_ht import export as export_module
 from mini_ht.classifier import HyperTransformerClassifier
 from mini_ht.classifier_file import FORMAT, OnnxNetwork, load_classifier, load_network
 from mini_ht.datasets import glyphs
-from mini_ht.export import export
+from mini_ht.export import check_bytes, export
 from mini_ht.folded import PRECISIONS, fold
 from mini_ht.kernel_picture import block_picture, draw_network
 from mini_ht.onnx_graph import onnx_model
@@ -341,3 +341,18 @@ def test_kernel_picture(fitted, tmp_path):
     draw_network(fitted.task_.network, tmp_path / "k.png")
     with Image.open(tmp_path / "k.png") as image:
         assert image.size == (8 * side, 25 * side + 3 * 12)
+
+
+def test_large_logits_may_differ_in_their_last_digits(fitted, tmp_path, drawings):
+    """What float32 rounds in logits of hundreds is no difference between a file and NumPy; a thousand times that is."""
+    task, arrays = fitted.task_, dict(fitted.task_.network.arrays)
+    arrays["logits.weight"] = arrays["logits.weight"] * 40
+    large = dataclasses.replace(task, network=dataclasses.replace(task.network, arrays=arrays))
+    images = task.prepare(list(drawings[:, 0]))
+    found = export(large, tmp_path / "c.onnx", images)
+    most = 1e-6 * np.abs(large.network(images)).max()
+    assert found.difference <= most and most > 1e-4
+    arrays["logits.bias"] = arrays["logits.bias"] + np.float32(2e3 * most)
+    other = dataclasses.replace(task, network=dataclasses.replace(task.network, arrays=arrays))
+    with pytest.raises(InputError, match="would differ from NumPy by"):
+        check_bytes((tmp_path / "c.onnx").read_bytes(), other, tmp_path / "c.onnx", images, "float32")

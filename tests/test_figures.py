@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from strategies import generic_parameters
 
-from mini_ht import Config
+from mini_ht import Config, figures, generate
 from mini_ht.datasets.images import ImageSet
 from mini_ht.episodes import sample
 from mini_ht.figures import draw_curve, draw_episode, read_metrics
@@ -26,6 +26,9 @@ def picture(file):
     ink = (pixels < 200).any(-1).mean()
     assert 0.002 < ink < 0.9, f"{100 * ink:.2f} % ink"
     return pixels
+
+
+RIGHT, WRONG = (26, 127, 55), (207, 34, 46)
 
 
 def near(pixels, colour):
@@ -59,6 +62,22 @@ def test_episode(tmp_path, way, channels, colours, unlabelled):
     file = tmp_path / "episode.png"
     draw_episode(generic_parameters(config, 0, np.float32), config, episode, file)
     drawn = picture(file)
-    assert near(drawn, (26, 127, 55)) + near(drawn, (207, 34, 46)) > 200, "no frames"
+    assert near(drawn, RIGHT) + near(drawn, WRONG) > 200, "no frames"
     colourful = (drawn.max(-1) - drawn.min(-1) > 60).mean()
     assert colourful > (0.05 if colours == 3 else 0.005), colourful
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_frames_tell_right_from_wrong(tmp_path, monkeypatch, wrong):
+    """Where all guesses are right all frames are green, where all are wrong red; kernels are red and blue."""
+    config = Config(way=2, channels=2, **SMALL)
+    images = ImageSet(np.full((4 * 6, 8, 8, 1), 128, np.uint8), np.full(4, 6), tuple("abcd"))
+    episode = sample(images, np.random.default_rng(0), 2, way=2, shot=1, queries=2)
+    cnn = generate(generic_parameters(config, 0, np.float32), config, episode.support[0], episode.labels[0])
+    logits = np.eye(2)[(episode.query_labels[0] + wrong) % 2]  # [m, way]
+    answers = type("Answers", (), {"convs": cnn.convs, "__call__": lambda self, query: logits})()
+    monkeypatch.setattr(figures, "generate", lambda *arguments: answers)
+    draw_episode({}, config, episode, tmp_path / "episode.png")
+    drawn = picture(tmp_path / "episode.png")
+    assert [near(drawn, colour) > 200 for colour in (RIGHT, WRONG)] == [not wrong, bool(wrong)]
+    assert near(drawn, (103, 0, 31)) + near(drawn, (5, 48, 97)) > 50, "the largest number of the kernels is the darkest"

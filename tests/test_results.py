@@ -202,9 +202,8 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "WAYS", rows.WAYS[::3])
     row, data = "1shot-4ch-logits-quick", str(OMNIGLOT)
     rows.run(row, data, tmp_path / "run")
-    wanted = {*rows.KEPT, "evaluate.jsonl", "command.txt", "machine.txt"}
-    assert {file.name for file in (tmp_path / row).iterdir()} == wanted
-    assert rows.kept_machine(row).endswith(("float32", "bfloat16"))
+    assert {file.name for file in (tmp_path / row).iterdir()} == {*rows.KEPT, "evaluate.jsonl", "command.txt"}
+    assert rows.kept_machine(row) == rows.machine() and rows.machine().endswith(("float32", "bfloat16"))
     assert f"| {rows.kept_machine(row)}, 1 |" in rows.table().splitlines()[2]
     kept = [json.loads(text) for text in (tmp_path / row / "evaluate.jsonl").read_text().splitlines()]
     assert [(figures["protocol"], figures["norm"]) for figures in kept] == rows.WAYS
@@ -214,6 +213,10 @@ def test_a_row_is_trained_measured_and_checked(tmp_path, monkeypatch, capsys):
     assert [figures["views"] for figures in kept + seen] == [1, 1, 9, 9, 9, 9]
     assert [figures["query_views"] for figures in kept + seen] == [1, 1, 1, 1, 9, 9]
     assert kept[0]["accuracy"] != seen[0]["accuracy"] and rows.percent(seen[3]) in rows.table().splitlines()[2]
+    with monkeypatch.context() as patch:  # measured again elsewhere, it says where it was trained
+        patch.setattr(rows, "machine", lambda: "another")
+        rows.run(row, data, tmp_path / "run")
+    assert rows.kept_machine(row) == rows.machine()
     monkeypatch.setattr(rows, "train", lambda row, data_dir, run_dir: shutil.copytree(tmp_path / "run", run_dir))
     assert rows.check(row, data).startswith("reproduced")
     kept[0]["accuracy"] += 0.5

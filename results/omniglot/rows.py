@@ -82,7 +82,7 @@ RUNS = Path("runs/omniglot")
 EPISODES = "1000"
 WAYS = [("disjoint", "batch"), ("disjoint", "support"), ("released", "batch"), ("released", "support")]
 VIEWS = "9"
-KEPT = ("summary.json", "metrics.jsonl", "curve.png")
+KEPT = ("summary.json", "metrics.jsonl", "curve.png", "machine.txt")
 AGAIN = 0.015  # how far a repeated row may lie from the first, beside both intervals: processors round differently
 PAPER = {  # 20-way, table 1 of arXiv 2201.04182: logits layer generated; MAML++ after Antoniou et al.
     1: {8: "87.2, 81.4", 16: "93.7, 88.6", 32: "95.5, 95.6", 48: "95.7, 95.8", 64: "96.2, 97.7"},
@@ -142,9 +142,24 @@ def mini_ht(*arguments: str, quiet: bool = False) -> str:
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if quiet else None).stdout or ""
 
 
+def machine() -> str:
+    """What trains here: the GPU, or the processor and the instructions that torch uses, and how numbers are stored."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = str(storage_dtype(Config(), device)).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {stored}"
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    name = re.sub(r"\(R\)|\(TM\)| Processor", "", named[1]) if named else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {stored}"
+
+
 def train(row: str, data_dir: str, run_dir: Path) -> None:
-    """Train a row, or go on with it."""
+    """Train a row, or go on with it; the run folder says on what machine it began."""
     more = ["--resume"] if (run_dir / "training.safetensors").exists() else []
+    if not more:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "machine.txt").write_text(machine() + "\n")
     mini_ht(*training(row), "--data-dir", data_dir, "--run-dir", str(run_dir), *more)
 
 
@@ -157,18 +172,6 @@ def measure(
     return json.loads(mini_ht("evaluate", str(run_dir), *options, "--episodes", EPISODES, "--json", quiet=True))
 
 
-def machine(config: Config) -> str:
-    """What trains a row here: the GPU, or the processor and the instructions that torch uses, and how it stores."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stored = str(storage_dtype(config, device)).removeprefix("torch.")
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, {stored}"
-    about = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
-    name = re.sub(r"\(R\)|\(TM\)| Processor", "", named[1]) if named else platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {stored}"
-
-
 def run(row: str, data_dir: str, run_dir: Path) -> None:
     """Train and measure a row, and keep what is small."""
     train(row, data_dir, run_dir)
@@ -179,7 +182,6 @@ def run(row: str, data_dir: str, run_dir: Path) -> None:
         shutil.copy(run_dir / name, folder)
     write_lines(folder / "evaluate.jsonl", figures)
     (folder / "command.txt").write_text(f"mini-ht {shlex.join(training(row))} --data-dir DIR --run-dir RUN\n")
-    (folder / "machine.txt").write_text(machine(kept_config(row)) + "\n")
 
 
 def measure_views(row: str, data_dir: str, run_dir: Path) -> None:
@@ -211,7 +213,7 @@ def check(row: str, data_dir: str) -> str:
         again = measure(Path(folder) / "run", data_dir, *WAYS[0])
     allowed = kept["interval"] + again["interval"] + AGAIN
     text = f"{row} has {percent(again)} %, kept are {percent(kept)} %; up to {100 * allowed:.2f} points may lie between"
-    text += f"; machine here: {machine(kept_config(row))}, then: {kept_machine(row)}"
+    text += f"; machine here: {machine()}, then: {kept_machine(row)}"
     if abs(again["accuracy"] - kept["accuracy"]) > allowed:
         raise SystemExit(f"not reproduced: {text}")
     return f"reproduced: {text}"
@@ -238,11 +240,6 @@ def kept_summary(row: str) -> dict[str, Any]:
     return json.loads((HERE / row / "summary.json").read_text())
 
 
-def kept_config(row: str) -> Config:
-    """The config by which a row was trained."""
-    return Config.from_json(json.dumps(kept_summary(row)["config"]))
-
-
 def kept_machine(row: str) -> str:
     """What trained a row: processor, instructions, numbers."""
     return (HERE / row / "machine.txt").read_text().strip()
@@ -254,7 +251,7 @@ def line(row: str) -> str:
     views = [percent(one) for one in read_lines(HERE / row / "views.jsonl")]
     views += [""] * (4 - len(views))
     summary = kept_summary(row)
-    config = kept_config(row)
+    config = Config.from_json(json.dumps(summary["config"]))
     published = PAPER[config.shot].get(config.channels, "") if config.generate == "logits" else ""
     command = training(row)
     where = f"{kept_machine(row)}, {command[command.index('--workers') + 1]}"

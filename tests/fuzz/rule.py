@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mini_ht.errors import InputError
@@ -35,6 +37,8 @@ def check(target: Callable[[bytes], None], data: bytes) -> str:
     def stop(number: int, frame: Any) -> None:
         raise Hang
 
+    with suppress(OSError):  # where it can, the peak begins anew, else it is that of all targets before
+        Path("/proc/self/clear_refs").write_text("5")
     before, started = peak(), time.process_time()
     handler = signal.signal(signal.SIGPROF, stop)
     waiting = signal.signal(signal.SIGALRM, stop)

@@ -30,7 +30,7 @@ def average_weights(decay, steps):
 
 def test_episode_rows():
     rng = np.random.default_rng(0)
-    first, images = np.zeros((3, 6)), np.zeros((2, 7))
+    first, images = np.zeros((3, 6)), np.zeros((3, 6, 7))
     for _ in range(600):
         support, query = episode_rows(rng, 6, 7, way=3, shot=2, queries=4)
         assert support.shape == (3, 2) and query.shape == (3, 4)
@@ -39,8 +39,7 @@ def test_episode_rows():
         assert len(set(rows[:, 0] // 7)) == 3, "classes differ"
         assert len(set(rows.ravel())) == rows.size, "no image comes twice"
         first[np.arange(3), rows[:, 0] // 7] += 1
-        images[0, support[0, 0] % 7] += 1
-        images[1, query[0, 0] % 7] += 1
+        images[np.arange(3)[:, None], np.arange(6), rows % 7] += 1
     # Counts of 600 draws: 5 standard deviations of a fair one.
     assert np.abs(first - 100).max() < 5 * np.sqrt(100 * 5 / 6), "classes are equally likely at every place"
     assert np.abs(images - 600 / 7).max() < 5 * np.sqrt(600 / 7 * 6 / 7), "images are equally likely"

@@ -47,8 +47,11 @@ def test_labels_fit():
     for seed in range(10):
         right = drawn(seed)
         assert not refused(right)
-        query_labels = np.roll(right.query_labels, 1, axis=1)  # the boundary of each class is off by one
-        assert refused(dataclasses.replace(right, query_labels=query_labels))
+        for name in ("labels", "query_labels"):
+            for e in range(2):
+                labels = getattr(right, name).copy()
+                labels[e] = np.roll(labels[e], 1)  # in one episode the boundary of each class is off by one
+                assert refused(dataclasses.replace(right, **{name: labels}))
         support = right.support.copy()
         support[1, [0, 2]] = support[1, [2, 0]]  # two images of one episode changed places
         assert refused(dataclasses.replace(right, support=support))
