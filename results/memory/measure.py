@@ -74,6 +74,8 @@ def main() -> None:
         time.sleep(options.every)
     if process.wait():
         raise SystemExit(f"the command ended with exit code {process.returncode}")
+    if seconds < options.warm_up:
+        raise SystemExit(f"the command took {seconds:.1f} s, less than the warm-up of {options.warm_up:g} s: no growth")
     beside = Path(__file__).with_name(options.name)
     with beside.with_suffix(".csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("seconds", "processes", "resident_MiB"), *rows])

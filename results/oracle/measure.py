@@ -34,6 +34,7 @@ from mini_ht.datasets import ImageSet, open_dataset
 from mini_ht.episodes import Episodes, shifted
 from mini_ht.episodes import draw as draw_rows
 from mini_ht.evaluation import Score, evaluation_episodes
+from mini_ht.files import write_atomically
 from mini_ht.kernels import conv_block
 from mini_ht.presets import preset
 from mini_ht.training.schedule import learning_rate
@@ -127,7 +128,7 @@ def keep(setting: tuple[Any, ...], score: Score, seconds: float) -> None:
     """Write a row, in place of one of the same setting, and print it."""
     row = dict(zip(SETTING, setting, strict=True)) | dataclasses.asdict(score) | {"seconds": round(seconds, 1)}
     others = [other for other in read() if tuple(other[name] for name in SETTING) != setting]
-    FILE.write_text("".join(json.dumps(some) + "\n" for some in [*others, row]))
+    write_atomically(FILE, "".join(json.dumps(some) + "\n" for some in [*others, row]).encode())
     print(json.dumps(row), flush=True)
 
 
