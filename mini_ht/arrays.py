@@ -9,6 +9,7 @@ import numpy as np
 # An np.ndarray or a torch.Tensor; which one is decided by the caller and kept by every function.
 Array = Any
 Parameters = Mapping[str, Array]  # by name
+Mask = Array | None  # of booleans, True for what counts; None where all does
 
 
 def namespace(x: Array) -> Any:

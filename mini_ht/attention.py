@@ -5,17 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mini_ht.arrays import Array, Parameters, fused, namespace, relu
+from mini_ht.arrays import Array, Mask, Parameters, fused, namespace, relu
 from mini_ht.config import Config
 
 LAYER_NORM_EPS = 1e-6
 
 
 def dense(parameters: Parameters, name: str, x: Array) -> Array:
-    """x W + b: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias] -> [..., outputs].
-
-    Where there is no such b it is 0.
-    """
+    """x W + b, or x W: x [..., inputs], W = parameters[name] [inputs, outputs], b = parameters[name_bias], if any."""
     weight, bias = parameters[name], parameters.get(f"{name}_bias")
     if torch_functions := fused(x):
         return torch_functions.linear(x, weight.mT, bias)
@@ -46,7 +43,7 @@ def activate(x: Array, name: str) -> Array:
     return 0.5 * x * (1 + namespace(x).tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def attention(query: Array, key: Array, value: Array, mask: Mask = None) -> Array:
     """softmax(Q K^T / sqrt(width)) V for every episode and head.
 
     Args:
@@ -66,7 +63,7 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
     return softmax(scores) @ value
 
 
-def sigmoid_attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def sigmoid_attention(query: Array, key: Array, value: Array, mask: Mask = None) -> Array:
     """sigmoid(Q K^T / sqrt(width)) V: as `attention`, but a key's weight, in 0 .. 1, is its own affair."""
     xp = namespace(query)
     scores = query @ key.mT * key.shape[-1] ** -0.5  # [..., Tq, T]
@@ -85,7 +82,7 @@ def multi_head_attention(
     name: str,
     x: Array,
     heads: int,
-    mask: Array | None,
+    mask: Mask,
     outputs: int,
     memory: Array | None = None,
     kind: str = "softmax",
@@ -120,7 +117,7 @@ def _residual(parameters: Parameters, name: str, part: Callable[[Array], Array],
 
 
 def encoder_layer(
-    parameters: Parameters, name: str, x: Array, config: Config, mask: Array | None, outputs: int, memory: Array | None
+    parameters: Parameters, name: str, x: Array, config: Config, mask: Mask, outputs: int, memory: Array | None
 ) -> Array:
     """Attention, then the feed-forward part, each with a residual connection: [E, T, D] -> [E, outputs, D]."""
 
@@ -135,18 +132,11 @@ def encoder_layer(
 
 
 def encoder(
-    parameters: Parameters,
-    name: str,
-    x: Array,
-    config: Config,
-    mask: Array | None,
-    outputs: int,
-    memory: Array | None = None,
+    parameters: Parameters, name: str, x: Array, config: Config, mask: Mask, outputs: int, memory: Array | None = None
 ) -> Array:
     """A stack of encoder layers without position codes: x [E, T, D] -> its first `outputs` tokens [E, outputs, D].
 
-    mask [E, T] is True for the tokens that may be attended to; None allows all. The last layer computes only the tokens
-    that are asked for: nobody reads the others.
+    mask [E, T]: True for the tokens that may be attended to; None allows all. The last layer computes no others.
 
     With memory [E, S, D], to which mask [E, S] then belongs, it is a decoder (Vaswani et al. 2017): in each layer the
     tokens attend to each other, then to the memory.

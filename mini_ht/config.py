@@ -40,6 +40,7 @@ class Config:
     generate_bias: bool = False  # Generate a bias for each conv channel, too
     generate_norm: bool = False  # Generate a scale and an offset for each conv channel behind its norm, too
     residual_weights: bool = False  # Add learned weights, the same for every task, to the generated conv weights
+    discriminant: int = 0  # Steps of attention among class means that find the last conv's kernels; 0: a transformer
 
     # The generator
 
@@ -112,7 +113,10 @@ class Config:
         if self.introduce and (self.vary or not self.unlabelled):
             came = f"introduce {self.introduce} came with unlabelled {self.unlabelled} and vary {self.vary}"
             raise InputError(f"{came}; wanted unlabelled above 0 and vary 0: change them, or set introduce to 0")
-        _ = self.generated_convs
+        last = self.blocks in self.generated_convs and self.blocks > 1 and self.image_size >> self.blocks - 1 >= 3
+        if self.discriminant and not (last and not (self.generate_bias or self.generate_norm or self.residual_weights)):
+            wants = "the last of several convs generated, on maps of 3 x 3 or more, without bias, norm or residual"
+            raise InputError(f"discriminant is {self.discriminant}, which wants {wants}; change that, or set it to 0")
 
     @property
     def task(self) -> dict[str, Any]:
@@ -165,17 +169,18 @@ LEAST: dict[str, float] = {
     **dict.fromkeys("shot queries channels image_channels blocks encoding layers heads episodes_per_step".split(), 1),
     **dict.fromkeys("unlabelled vary introduce inner_width shared_features local_features shift seed".split(), 0),
     **dict.fromkeys("minutes episodes learning_rate weight_decay warmup decay clip shrink turned upright".split(), 0),
-    **dict.fromkeys(["key_width", "value_width"], 0.05),
+    **{"key_width": 0.05, "value_width": 0.05, "discriminant": 0},
     "way": 2,
     "conv_rate": 0.001,
 }
 # A checkpoint from elsewhere must not ask for more than a computer has; shares end at 1.
 MOST: dict[str, float] = {
     **dict.fromkeys("image_size channels shared_features local_features encoding".split(), 4096),
-    **dict.fromkeys("blocks layers heads image_channels key_width value_width inner_width".split(), 100),
+    **dict.fromkeys("blocks layers heads discriminant image_channels key_width value_width inner_width".split(), 100),
     **dict.fromkeys(["shrink", "decay", "turned", "upright"], 1),
     "way": 10_000,
 }
 # Fields that older checkpoints lack, and what those were trained with.
 LATER: Any = {"vary": 0, "introduce": 0, "upright": 0, "shrink": 0.9, "conv_rate": 1, "turned": 1, "start": ""}
-LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False, "shared_convs": "strided", "decay": 1.0}
+LATER |= {"attention": "softmax", "generator": "joint", "generate_norm": False, "shared_convs": "strided"}
+LATER |= {"decay": 1.0, "discriminant": 0}

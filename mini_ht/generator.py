@@ -7,6 +7,7 @@ from mini_ht.attention import encoder
 from mini_ht.checks import check_support
 from mini_ht.cnn import ConvLayer, GeneratedCNN
 from mini_ht.config import Config
+from mini_ht.discriminant import discriminant
 from mini_ht.features import local_features, shared_features
 from mini_ht.kernels import conv_block
 from mini_ht.norms import towards_learned
@@ -78,10 +79,12 @@ def conv_weights(
 
     Behind them a generated scale and offset of its norm, see `ConvLayer`.
     """
-    learned = parameters.get(f"{layer.name}.weight")  # [3, 3, Cin, Cout]
+    learned: Array = parameters.get(f"{layer.name}.weight")  # [3, 3, Cin, Cout]
     if not layer.generated:
-        assert learned is not None
         return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None, None
+    if layer.discriminant:
+        labels, _, mask = support
+        return discriminant(parameters, config, layer, x, labels, mask), None, None
     slices = generated_slices(parameters, config, layer, x, *support)
     weight, bias = slices_to_conv(slices, layer, config)
     affine = slices_to_affine(parameters, slices, layer) if config.generate_norm else None

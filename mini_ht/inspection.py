@@ -49,9 +49,9 @@ def attention_maps(
     """
     if config.generator != "joint":
         raise InputError(f"generator is {config.generator!r}; maps of attention want one whose generator is 'joint'")
-    written = [part.name for part in plan(config) if part.generated]
+    written = [part.name for part in plan(config) if part.generated and not part.discriminant]
     if layer not in written:
-        raise InputError(f"layer is {layer!r}, which is not generated; choose one of {', '.join(written)}")
+        raise InputError(f"layer is {layer!r}, which no transformer writes; choose one of {', '.join(written)}")
     cnn = generate(parameters, config, support, labels, mask)
     labels = as_indices(labels)
     if not cnn.batched:

@@ -31,13 +31,16 @@ RESIDUAL_GAIN = 0.3
 # Convs that see pixels start larger: ink covers little of a drawing, whose mean square is about 1 / 16.
 PIXEL_GAIN = 4.0
 
+# What a start's name stands for; bright activations are what `discriminant` can lift.
+STARTS = {"zeros": 0.0, "ones": 1.0, "bright": 6.0}
+
 # name -> (shape, start)
 Table = dict[str, tuple[tuple[int, ...], float | str]]
 
 
 @functools.cache
 def parameter_table(config: Config) -> Table:
-    """Every parameter's name, shape and start: a standard deviation, or "zeros" or "ones"."""
+    """Every parameter's name, shape and start: a standard deviation, or a name of STARTS."""
     table: Table = {}
 
     def dense(name: str, inputs: int, outputs: int, bias: bool = True, gain: float = 1.0) -> None:
@@ -93,7 +96,14 @@ def parameter_table(config: Config) -> Table:
         conv(f"shared.conv{number}", KERNEL, inputs, width, PIXEL_GAIN if number == 0 else 1.0)
         inputs = width
     for layer in plan(config):
-        if layer.generated:
+        if layer.discriminant:
+            inputs = KERNEL * KERNEL * layer.inputs
+            table[f"{layer.name}.discriminant.start"] = ((inputs, layer.outputs), 1 / math.sqrt(inputs))
+            parts = {"prior": (inputs, inputs), "seen": (1,), "lift": (1,)}
+            parts |= dict.fromkeys(["reach", "turn"], (config.discriminant,))
+            table |= {f"{layer.name}.discriminant.{part}": (shape, "zeros") for part, shape in parts.items()}
+            table[f"conv{config.blocks - 1}.beta"] = ((layer.inputs,), "bright")
+        elif layer.generated:
             generator(layer)
         if layer.name == "logits":
             continue
@@ -120,7 +130,7 @@ def draw_parameters(config: Config, seed: int = 0, dtype: Any = np.float32) -> d
     parameters: dict[str, NDArray[np.floating]] = {}
     for name, (shape, start) in parameter_table(config).items():
         if isinstance(start, str):
-            parameters[name] = (np.ones if start == "ones" else np.zeros)(shape)
+            parameters[name] = np.full(shape, STARTS[start])
         else:
             parameters[name] = rng.standard_normal(shape) * start
     start_as_prototypes(parameters, config)

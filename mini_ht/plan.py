@@ -31,6 +31,7 @@ class Layer:
     slice_length: int
     local: tuple[LocalConv, ...]
     token_width: int  # D
+    discriminant: bool = False  # generated, but not by a transformer
 
 
 @functools.cache
@@ -43,7 +44,8 @@ def plan(config: Config) -> tuple[Layer, ...]:
         channels = config.channels if name == "logits" else inputs  # logits see flattened maps, local convs do not
         local = local_convs(size, channels, config.local_features, depth=1 if name == "logits" else 2)
         width = token_width(config, length, local)
-        layers.append(Layer(name, generated, size, inputs, outputs, placeholders, length, local, width))
+        found = config.discriminant > 0 and name == f"conv{config.blocks}"
+        layers.append(Layer(name, generated, size, inputs, outputs, placeholders, length, local, width, found))
 
     for number in range(1, config.blocks + 1):
         if config.allocation == "output":
@@ -53,8 +55,7 @@ def plan(config: Config) -> tuple[Layer, ...]:
             placeholders, length = KERNEL * KERNEL, inputs * config.channels
         add(f"conv{number}", number in config.generated_convs, inputs, config.channels, placeholders, length)
         size, inputs = size // 2, config.channels
-    features = size * size * inputs
-    add("logits", True, features, config.way, config.way, features + 1)
+    add("logits", True, size * size * inputs, config.way, config.way, size * size * inputs + 1)
     return tuple(layers)
 
 

@@ -46,8 +46,7 @@ def read_slices(parameters: Parameters, layer: Layer, config: Config, outputs: A
 def slices_to_conv(slices: Array, layer: Layer, config: Config) -> tuple[Array, Array | None]:
     """A conv layer's weight [E, 3, 3, Cin, Cout] and bias ([E, Cout] or None) from its slices.
 
-    "output": one slice is one output channel, in the order (row, column, input channel), then the bias if generated,
-    and what `slices_to_affine` reads.
+    "output": a slice is an output channel: (row, column, input channel), bias if any, what `slices_to_affine` reads.
     "spatial": one slice is one kernel position, row by row, in the order (input channel, output channel).
     """
     episodes = slices.shape[0]

@@ -55,6 +55,12 @@ def configs(draw: Any, **fixed: Any) -> Config:
         "local_features": pick("local_features", (0, 3)),
         "readout": pick("readout", ("slice", "linear")),
     }
+    # The last conv by attention among class means, where it can be: without what only a transformer writes.
+    others = ("generate_bias", "generate_norm", "residual_weights")
+    last = fields["generate"] == "all" or fields["generate"].startswith(("last", f"1,{blocks}"))
+    if last and blocks > 1 and fields["image_size"] >> blocks - 1 >= 3 and not any(fixed.get(name) for name in others):
+        fields["discriminant"] = pick("discriminant", (0, 2))
+        fields |= dict.fromkeys(others, False) if fields["discriminant"] else {}
     return Config(**(fields | fixed))
 
 

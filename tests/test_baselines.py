@@ -18,7 +18,6 @@ from tolerances import assert_close, assert_different
 from mini_ht import Config, InputError
 from mini_ht.baselines import training
 from mini_ht.baselines.__main__ import main
-from mini_ht.baselines.cost import cost
 from mini_ht.baselines.maml import adapt, inner_loop, maml_loss, network, step_shares
 from mini_ht.baselines.method import NAMES, RECIPES, BaselineLayout, Method, draw
 from mini_ht.baselines.prototypes import prototype_logits
@@ -319,21 +318,6 @@ def test_resume_is_exact(tmp_path, images, monkeypatch):
         train(config, method, only, tmp_path / "whole", resume=True, quiet=True)
 
 
-def test_cost_by_hand():
-    """Multiply-adds are those counted by hand; backward they cost weights and, but for pixels, inputs."""
-    config = dataclasses.replace(CONFIG, generate="logits", shared_features=4, encoding=8, layers=1)
-    found, size = cost(config, steps=2), CONFIG.way * CONFIG.shot
-    first, second, logits = 64 * 9 * 1 * 3, 16 * 9 * 3 * 3, 12 * 3
-    assert found["classify_one_image"] == first + second + logits
-    assert found["prototypes"]["multiply_adds"] == size * (first + second) + size * CONFIG.way * 12
-    step = size * (2 * first + 3 * second + 3 * logits)
-    assert found["maml"]["multiply_adds"] == found["maml++"]["multiply_adds"] == 2 * step + size * (first + second)
-    norms = 4 * CONFIG.channels
-    assert found["maml"]["learned"] == found["maml"]["classifier"] == found["maml"]["per_task"] + norms
-    assert found["hypertransformer"]["per_task"] == 13 * 3 and found["prototypes"]["per_task"] == 12 * 3
-    assert all(row["milliseconds"] > 0 for row in found.values() if isinstance(row, dict))
-
-
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     """train, evaluate and their mistakes: exit codes, JSON on one line, options that reach config and method."""
     sizes = ["--way", "3", "--channels", "2", "--blocks", "2", "--image-size", "8", "--episodes", "8"]
@@ -346,6 +330,6 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "3", "--norm", "support", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["episodes"] == 3 and found["norm"] == "support" and 0 <= found["accuracy"] <= 1
-    for wrong in ([], ["fly"], ["evaluate", str(tmp_path)], ["cost", "no-such-preset"]):
+    for wrong in ([], ["fly"], ["evaluate", str(tmp_path)]):
         assert main(wrong) == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert main([*run[:-1], str(tmp_path / "other"), "--multi-step", "2"]) == 2

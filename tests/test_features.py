@@ -97,7 +97,7 @@ def test_pooled_features_are_four_normed_convs_and_a_mean(library, kind, data, s
     assert_close(found, POOLED_SCALE * y.mean((2, 3)).reshape(2, 3, 4))
 
 
-@given(config=configs(local_features=3, generate="all"), seed=seeds, data=st.data())
+@given(config=configs(local_features=3, generate="all", discriminant=0), seed=seeds, data=st.data())
 def test_local_features_are_the_convs_before_their_relu(library, config, seed, data):
     """Each 'valid' conv's output before its ReLU, averaged over space; the next conv sees it after."""
     layer = data.draw(st.sampled_from(plan(config)))
@@ -125,7 +125,7 @@ def test_local_convs_fit_their_input(size, width, depth):
     assert len(convs) == depth or size < 3
 
 
-@given(config=configs(shared_features=4, local_features=3, generate="all"), seed=seeds, data=st.data())
+@given(config=configs(shared_features=4, local_features=3, generate="all", discriminant=0), seed=seeds, data=st.data())
 def test_features_belong_to_one_image(library, config, seed, data):
     """Images in another order have their features in that order: no image sees another."""
     parameters, layer = library.to(generic_parameters(config, seed)), plan(config)[0]
@@ -150,7 +150,7 @@ def test_no_features_have_width_0(library, config, seed):
         assert tuple(found.shape) == (2, 3, 0) and library.back(found).dtype == np.float32
 
 
-@given(config=configs(shared_features=4, local_features=3, generate="all"), seed=seeds)
+@given(config=configs(shared_features=4, local_features=3, generate="all", discriminant=0), seed=seeds)
 def test_float32_stays_float32(library, config, seed):
     """float32 in, float32 out."""
     x = library.to(images_for(config.image_size, config.image_channels, seed).astype(np.float32))

@@ -77,7 +77,7 @@ def twice(case: Case) -> Case:
     return case.index(np.tile(np.arange(case.labels.shape[1]), 2))
 
 
-@given(case=cases(generator="joint", attention="softmax") | cases(generator="decoder", attention="softmax"))
+@given(case=cases(attention="softmax", discriminant=0).filter(lambda case: case.config.generator != "separate"))
 def test_a_support_set_twice_weighs_the_same_if_only_images_are_attended_to(library, case):
     """With placeholders as no one's keys, every image twice changes no weight: averages do not count repetitions."""
     placeholders = {f"{layer.name}.generator": layer.placeholders for layer in plan(case.config)}
@@ -97,7 +97,7 @@ def test_a_support_set_twice_weighs_the_same_if_only_images_are_attended_to(libr
         assert_all_close(contents(twice(case).generate(library)), contents(case.generate(library)))
 
 
-@given(case=cases(generator="separate", attention="softmax"))
+@given(case=cases(generator="separate", attention="softmax", discriminant=0))
 def test_a_support_set_twice_weighs_the_same_apart_from_the_placeholders(library, case):
     """Where images and placeholders never stand side by side as keys, every image twice changes no weight."""
     assert_all_close(contents(twice(case).generate(library)), contents(case.generate(library)))
@@ -127,7 +127,7 @@ def test_a_support_set_twice_weighs_more_against_the_placeholders(library, case)
 @given(case=cases(episodes=(2, 2), images=(3, 5), blocks=3), seed=seeds)
 def test_only_the_chosen_layers_depend_on_the_task(library, choice, generated, case, seed):
     """Conv weights of layers that are not generated are the same for all tasks; all others differ between tasks."""
-    fields = {"generate": choice, "shared_features": 4, "way": 3, "channels": 3, "slope": 0.1}
+    fields = {"generate": choice, "discriminant": 0, "shared_features": 4, "way": 3, "channels": 3, "slope": 0.1}
     config = Config(**{**vars(case.config), **fields})
     case = make_case(config, seed, 2, 4, 2, unlabelled=True, masked=False)
     weights = contents(case.generate(library))
@@ -167,7 +167,7 @@ def test_what_the_encoder_of_each_generator_sees(library, case, seed):
         case.generate(library)
     wanted = {}
     for layer in plan(case.config):
-        if not layer.generated:
+        if not layer.generated or layer.discriminant:
             continue
         name, count = f"{layer.name}.generator", layer.placeholders
         total = images + (0 if kind == "separate" else count)
@@ -191,13 +191,15 @@ def test_a_generated_norm_starts_as_the_learned_one(library, case):
 
 # A norm over one image of 1 x 1 pixels divides rounding errors by sqrt(NORM_EPS): in float32, with one query, both
 # libraries are then up to 2e-4 from the float64 result, and from each other. With three of each they are well within.
+# The last conv's kernels by class means answer around `discriminant.LIFT`, with as many times the rounding: see there.
 ENOUGH = {"float64": (1, 5), "float32": (3, 5)}
+PINNED = {"float64": {}, "float32": {"discriminant": 0}}
 
 
 @given(data=st.data(), dtype=st.sampled_from(["float64", "float32"]))
 def test_numpy_and_torch_agree(data, dtype):
     """NumPy, torch that records gradients and torch that does not give the same logits, in the dtype that came in."""
-    case = data.draw(cases(images=ENOUGH[dtype], queries=ENOUGH[dtype]))
+    case = data.draw(cases(images=ENOUGH[dtype], queries=ENOUGH[dtype], **PINNED[dtype]))
     parameters = {name: x.astype(dtype) for name, x in case.parameters.items()}
     support, query = case.support.astype(dtype), case.query.astype(dtype)
     ours = generate(parameters, case.config, support, case.labels, case.mask)(query)

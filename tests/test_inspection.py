@@ -17,9 +17,9 @@ matplotlib.use("agg")
 
 
 def all_maps(library, case) -> dict[str, AttentionMaps]:
-    """The maps of every layer that is generated, by name, in the order in which they are generated."""
+    """The maps of every layer that a transformer writes, by name, in the order in which they are generated."""
     parts = library.to((case.parameters, case.config, case.support, case.labels, case.mask))
-    names = [layer.name for layer in plan(case.config) if layer.generated]
+    names = [layer.name for layer in plan(case.config) if layer.generated and not layer.discriminant]
     return {name: attention_maps(*parts, layer=name) for name in names}
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("plan",),
     ("kernels",),
     ("attention", "tokens", "features"),
+    ("discriminant",),
     ("parameters", "presets", "constructions"),
     ("checks", "norms"),
     ("cnn",),

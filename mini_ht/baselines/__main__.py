@@ -1,4 +1,4 @@
-"""The command line of the baselines, `python -m mini_ht.baselines train | evaluate | cost`."""
+"""The command line of the baselines, `python -m mini_ht.baselines train | evaluate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import tyro
 from tyro import MISSING_NONPROP
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from mini_ht.baselines.cost import cost
 from mini_ht.baselines.method import RECIPES, Method, Name
 from mini_ht.baselines.training import classifier, load, train
 from mini_ht.config import Config
@@ -64,15 +63,6 @@ class Evaluate:
     json: Json = False
 
 
-@dataclass
-class Cost:
-    """FLOPs, time and sizes of adapting to one task of a preset: HyperTransformer, prototypes, MAML."""
-
-    preset: Annotated[Positional[str], arg(help="A preset; 'mini-ht presets' lists them.")] = QUICKSTART
-    steps: Annotated[int, arg(help="Gradient steps of MAML's inner loop.")] = Method.steps
-    json: Json = False
-
-
 def run_train(arguments: Sequence[str]) -> None:
     """Train, and say where the results are."""
     name, task = [*(x for x in arguments[:2] if not x.startswith("-")), "", ""][:2]
@@ -101,14 +91,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     print(json.dumps(figures, indent=None if options.json else 2))
 
 
-def run_cost(arguments: Sequence[str]) -> None:
-    """Measure what adapting costs and print the figures."""
-    options = tyro.cli(Cost, prog=PROGRAM + "cost", args=arguments)
-    figures = cost(preset(options.preset), options.steps)
-    print(json.dumps({"preset": options.preset, **figures}, indent=None if options.json else 2))
-
-
-COMMANDS = {"train": run_train, "evaluate": run_evaluate, "cost": run_cost}
+COMMANDS = {"train": run_train, "evaluate": run_evaluate}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -107,8 +107,8 @@ class DeviceStep:
         for group, rate in zip(optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.waiting: tuple[tuple[int, bool], list[NDArray[Any]]] | None = None
-        # With `vary` or `introduce` each step has shapes of its own, which no graph can hold.
-        self.varied = bool(config.vary or config.introduce)
+        # No graph holds steps of other shapes (`vary`, `introduce`), nor factorisations, which ask the host for errors.
+        self.varied = bool(config.vary or config.introduce or config.discriminant)
         self.replay = self.capture() if device.type == "cuda" and not self.varied else self.compute
 
     def draw(self, step: int, upright: bool = False) -> list[NDArray[Any]]:

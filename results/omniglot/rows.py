@@ -8,8 +8,9 @@
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
 layer) or logits. Behind that may stand, in this order:
 
-- a recipe: wide (trained on tasks of 40 classes, half as many a step), turned (the one that these presets had before:
-  all episodes turned) or strided (the one before that);
+- a recipe: wide (trained on tasks of 40 classes, half as many a step), discriminant (the last conv by attention among
+  class means; 5 shots from the start), turned (the one that these presets had before: all episodes turned) or strided
+  (the one before that);
 - a length, in episodes, of 40 classes half as many: brief (20,480; with 5 shots 10,240 for the generator of the row
   quick), quick (40,960) or twice (as many other ones for the generator of the row quick; with 5 shots 10,240 for that
   of the row twice);
@@ -20,8 +21,7 @@ layer) or logits. Behind that may stand, in this order:
 - upright (16 more minutes of a core, all like that quarter, for that of the row without this word) or blurred (60 more
   of two cores, the features' pools blurred, for that of the row without this word, and other episodes; with 5 shots the
   length before it, for the generator of the row blurred of 1 shot);
-- alphabet (Lake's split);
-- seedS.
+- alphabet (Lake's split) and seedS.
 
 Other rows of 5 shots begin with the generator for one shot, trained before. A run goes on where it was stopped; what is
 measured is kept in a folder of the row's name beside this file.
@@ -49,7 +49,7 @@ from mini_ht.training.workers import storage_dtype
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided))?(?:-(brief|quick|twice|short|hours|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|short|hours|hour|longer|long|more))?"
     r"(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
@@ -75,6 +75,7 @@ UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
 BLURRED = ["--shared-convs", "blurred"]
 WIDE = ["--way", "40", "--episodes-per-step", "8"]  # as many images in a step
+DISCRIMINANT = ["--discriminant", "8", "--shared-features", "0"]
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
 STRIDED_RATE = ["--learning-rate", "0.002"]
@@ -122,6 +123,7 @@ def training(row: str) -> list[str]:
     if ending == "-blurred":
         more = [*(LENGTHS["hour"] if blurred else more), *BLURRED]
     more += WIDE if recipe == "wide" else []
+    more += DISCRIMINANT if recipe == "discriminant" else []
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
@@ -132,7 +134,8 @@ def training(row: str) -> list[str]:
         return ["train", name, *more, "--start", str(RUNS / row.replace(ending, ""))]
     more += STRIDED_RATE if strided and shot == "1" else []
     more += ["--start", str(RUNS / row.replace(f"-{length}", EARLIER[length]))] if longer else []
-    more += ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE] if shot == "5" else []
+    if shot == "5" and recipe != "discriminant":
+        more += ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE]
     return ["train", name, *more]
 
 

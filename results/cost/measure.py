@@ -1,6 +1,13 @@
-"""What adapting to one task costs: multiply-adds by shapes, CPU time on one core, and how many numbers are learned."""
+"""What adapting to one task costs: multiply-adds by shapes, CPU time on one core, and how many numbers are learned.
 
+    OMP_NUM_THREADS=1 python results/cost/measure.py omniglot-20way-1shot-8ch-logits
+
+Beside the generator of a preset are prototypes, MAML and MAML++ on the same CNN. One line of JSON.
+"""
+
+import argparse
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +23,11 @@ from mini_ht.baselines.maml import adapt
 from mini_ht.baselines.method import NAMES, Method, draw
 from mini_ht.baselines.prototypes import class_means, embed
 from mini_ht.config import Config
+from mini_ht.errors import InputError
 from mini_ht.generator import generate
 from mini_ht.parameters import draw_parameters, generator_size, to_torch
 from mini_ht.plan import cnn_size, plan
+from mini_ht.presets import preset
 
 REPEATS, WARM_UP = 30, 3
 Work = Callable[[], Any]
@@ -90,3 +99,18 @@ def cost(config: Config, steps: int = Method.steps) -> dict[str, Any]:
     alone = median_milliseconds(lambda: generate(arrays, config, images, labels, check=False))
     figures["hypertransformer"]["numpy_milliseconds"] = alone
     return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="'mini-ht presets' lists them")
+    parser.add_argument("--steps", type=int, default=Method.steps, help="gradient steps of MAML's inner loop")
+    options = parser.parse_args()
+    try:
+        print(json.dumps({"preset": options.preset, **cost(preset(options.preset), options.steps)}))
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
