@@ -242,12 +242,12 @@ def test_the_decoder_ignores_masked_memory(library, config, seed, masked):
 
 @given(config=decoders, seed=seeds)
 def test_tokens_of_the_decoder_see_each_other(library, config, seed):
-    """Another last token changes what comes out at the first."""
+    """Of eight other last tokens one at least changes what comes out at the first; softmax may overlook some."""
     parameters, tokens = tokens_for(config, seed, 9)
-    x, memory = tokens[:, :3], tokens[:, 3:]
-    other = np.concatenate([x[:, :2], np.random.default_rng(seed + 1).standard_normal(x[:, 2:].shape)], axis=1)
-    before, after = (decode(library, config, parameters, part, memory)[:, 0] for part in (x, other))
-    assert_different(after, before)
+    x, memory = np.tile(tokens[:1, :3], (9, 1, 1)), np.tile(tokens[:1, 3:], (9, 1, 1))
+    x[1:, 2] = np.random.default_rng(seed + 1).standard_normal(x[1:, 2].shape)
+    first = decode(library, config, parameters, x, memory)[:, 0]
+    assert_different(first, np.broadcast_to(first[:1], first.shape))
 
 
 @given(seed=seeds)

@@ -183,7 +183,7 @@ def test_one_image_a_class():
 
 def test_what_it_cannot_do_is_an_error():
     """A last conv that is not generated, maps too small, and what only a transformer writes are refused."""
-    wanted = r"discriminant is 8, which wants a generated last conv, behind another one, on maps of 3 x 3 or more"
+    wanted = r"discriminant is 8, which wants the last of several convs generated, on maps of 3 x 3 or more"
     for fields in (
         {"generate": "logits"},
         {"generate": "first2"},
