@@ -6,6 +6,7 @@ which two classes count by how near they still are (as in Loog et al. 2001). In 
 
 from mini_ht.arrays import Array, Mask, Parameters, as_floats, namespace
 from mini_ht.config import Config
+from mini_ht.errors import InputError
 from mini_ht.features import mean_neighbourhood
 from mini_ht.plan import KERNEL, Layer, LocalConv
 
@@ -18,11 +19,12 @@ LIFT = 12.0  # added to all answers of a kernel: ReLU lets them pass, and the po
 
 
 def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array, labels: Array, mask: Mask) -> Array:
-    """Kernels [E, 3, 3, Cin, Cout] of a conv layer that sees x [E, n, h, w, Cin]; labels and mask [E, n].
+    """Kernels [E, 3, 3, Cin, Cout] of a conv with input x [E, n, h, w, Cin]; labels [E, n] in -1 .. way-1, mask [E, n].
 
     A step adds to the directions V the gradient of -sum over pairs of exp(-|V' m_i - V' m_j|^2 / reach^2), which bounds
     how often two classes are taken for each other, and makes V' S V = 1 again: each class mean m attends to the others,
-    most to the nearest. S, the spread within classes, mixes that of the labelled images with a learned one.
+    most to the nearest. S, the spread within classes, mixes that of the labelled images with a learned one, in which it
+    also measures the step. Of maps larger than 3 x 3 the mean of all windows is seen. InputError: see `orthonormal`.
     """
     xp, (episodes, images) = namespace(x), x.shape[:2]
     start, prior, seen_before, lift, reach, turn = (
@@ -57,7 +59,14 @@ def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array,
 
 
 def orthonormal(directions: Array, spread: Array) -> Array:
-    """The same span [E, D, Cout] with V' S V = 1, S [E, D, D]; the first direction keeps its sense (Gram-Schmidt)."""
+    """The same span [E, D, Cout] with V' S V = 1, S [E, D, D], each direction in its sense (Gram-Schmidt).
+
+    Raises InputError for directions without length, or (torch) not finite: NumPy passes NaN on.
+    """
     linalg = namespace(directions).linalg
-    root = linalg.cholesky(directions.mT @ spread @ directions)  # [E, Cout, Cout]
+    try:
+        root = linalg.cholesky(directions.mT @ spread @ directions)  # [E, Cout, Cout]
+    except linalg.LinAlgError:
+        came = "kernels of the last conv that are not finite, or not independent"
+        raise InputError(f"the parameters give {came}; use others, or train with a lower learning_rate") from None
     return linalg.solve(root, directions.mT).mT

@@ -181,6 +181,16 @@ def test_one_image_a_class():
     assert_close(kernels(drawn(), x, one), start)
 
 
+def test_a_training_that_breaks_down(library):
+    """Without length, or not finite in torch, directions are an InputError and no traceback."""
+    x, labels = task(0)
+    for name, value in (("start", 0.0), *([("start", np.nan), ("prior", np.inf)] * (library.name == "torch"))):
+        parameters = drawn()
+        parameters[f"conv3.discriminant.{name}"][:] = value
+        with pytest.raises(InputError, match="train with a lower learning_rate"):
+            kernels(library.to(parameters), library.to(x), library.to(labels))
+
+
 def test_what_it_cannot_do_is_an_error():
     """A last conv that is not generated, maps too small, and what only a transformer writes are refused."""
     wanted = r"discriminant is 8, which wants the last of several convs generated, on maps of 3 x 3 or more"

@@ -227,6 +227,11 @@ assert found[3] > 0.2 and max(found[:3]) < 1e-6
 assert scores["discriminant, frozen"].accuracy < scores["discriminant"].accuracy - 0.05
 
 # %%
+# Frozen, it loses about a third of its lead over chance, in the small run (74.5 against 57.9 %) as in the long one:
+# 94.7 +- 0.3 % against 70.2 +- 0.8 %. So here the kernels are made for the task, they spread by 92 % of their size, and
+# it pays: 11.5 points over ``all``, with 31,099 numbers in the generator for its 988,986.
+
+# %%
 # What to take away
 # -----------------
 # Frozen, ``all`` is as good as before, in the small run (67.4 against 67.2 %) and in the long one (83.2 and 83.2 %,

@@ -108,12 +108,13 @@ def training(row: str) -> list[str]:
     shot, channels, layers, recipe, length, ending, alphabet, seed = found.groups()
     name = f"omniglot-20way-{shot}shot-{channels}ch" + ("-logits" if layers == "logits" else "")
     preset(name)
-    strided, longer = recipe == "strided", length in EARLIER and shot == "1"
+    strided, alone = recipe == "strided", shot == "1" or recipe == "discriminant"  # alone: not from a row of 1 shot
+    longer = length in EARLIER and alone
     if strided and ending == "-blurred":
         raise InputError(f"{row!r} is no row: only pooled convs can go on blurred; leave out one of the two words")
     usual = (STRIDED_TIMES if strided else TIMES)[shot]
     if length in ("brief", "quick", "twice", "short") or longer:
-        usual = LENGTHS.get(f"{shot}shot-{length}", LENGTHS[length])
+        usual = LENGTHS[length] if alone else LENGTHS.get(f"{shot}shot-{length}", LENGTHS[length])
     more = [*usual, *(STRIDED if strided else [])]
     if recipe == "wide" and more[0] == "--episodes":
         more[1] = str(int(more[1]) // 2)  # as many images
@@ -134,8 +135,7 @@ def training(row: str) -> list[str]:
         return ["train", name, *more, "--start", str(RUNS / row.replace(ending, ""))]
     more += STRIDED_RATE if strided and shot == "1" else []
     more += ["--start", str(RUNS / row.replace(f"-{length}", EARLIER[length]))] if longer else []
-    if shot == "5" and recipe != "discriminant":
-        more += ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE]
+    more += [] if alone else ["--start", str(RUNS / f"1shot{row[5:]}".replace("-brief", "-quick")), *RATE]
     return ["train", name, *more]
 
 
