@@ -55,7 +55,8 @@ def generate(
         gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
         x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
         if config.norm == "support":
-            x, statistics = towards_learned(parameters, layer.name, config.shrink, x, statistics)
+            share = config.shrink * (not layer.discriminant)  # whose kernels differ too much from task to task
+            x, statistics = towards_learned(parameters, layer.name, share, x, statistics)
         convs.append(ConvLayer(weight, bias, gamma, beta, statistics, affine))
         x = convs[-1].rescaled(x)
     logits_weight = generated_slices(parameters, config, logits_layer, x, labels, shared, mask)
@@ -83,8 +84,7 @@ def conv_weights(
     if not layer.generated:
         return namespace(learned).broadcast_to(learned[None], (x.shape[0], *learned.shape)), None, None
     if layer.discriminant:
-        labels, _, mask = support
-        return discriminant(parameters, config, layer, x, labels, mask), None, None
+        return discriminant(parameters, config, layer, x, support[0], support[2]), None, None  # by labels and mask
     slices = generated_slices(parameters, config, layer, x, *support)
     weight, bias = slices_to_conv(slices, layer, config)
     affine = slices_to_affine(parameters, slices, layer) if config.generate_norm else None
