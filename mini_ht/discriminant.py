@@ -10,6 +10,8 @@ from mini_ht.errors import InputError
 from mini_ht.features import mean_neighbourhood
 from mini_ht.plan import KERNEL, Layer, LocalConv
 
+STEPS = 8  # that have a reach and a turn of their own; further ones are like the last
+
 # Where training starts; all of these are learned, and lengths are in standard deviations within a class.
 DEVIATION = 0.7  # of activations within a class, as expected before an image is seen
 SEEN = 80.0  # images that this counts as
@@ -23,8 +25,8 @@ def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array,
 
     A step adds to the directions V the gradient of -sum over pairs of exp(-|V' m_i - V' m_j|^2 / reach^2), which bounds
     how often two classes are taken for each other, and makes V' S V = 1 again: each class mean m attends to the others,
-    most to the nearest. S, the spread within classes, mixes that of the labelled images with a learned one, in which it
-    also measures the step. Of maps larger than 3 x 3 the mean of all windows is seen. InputError: see `orthonormal`.
+    most to the nearest. S, the spread within classes, mixes that of labelled images with a learned one, and measures
+    gradient and step. Of maps larger than 3 x 3 the mean of all windows is seen. InputError: see `orthonormal`.
     """
     xp, (episodes, images) = namespace(x), x.shape[:2]
     start, prior, seen_before, lift, reach, turn = (
@@ -49,11 +51,12 @@ def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array,
     for step in range(config.discriminant):
         places = means @ directions  # [E, way, Cout]
         gaps = places[:, :, None] - places[:, None]  # [E, way, way, Cout]
-        near = xp.exp(-(gaps**2).sum(-1) / (REACH * xp.exp(reach[step])) ** 2)  # [E, way, way]
+        number = min(step, STEPS - 1)
+        near = xp.exp(-(gaps**2).sum(-1) / (REACH * xp.exp(reach[number])) ** 2)  # [E, way, way]
         pushes = (near * there[:, :, None] * there[:, None])[..., None] * gaps  # [E, way, way, Cout]
         gradient = inverse @ pushes.sum(2)  # [E, D, Cout]
         length = ((gradient * (spread @ gradient)).sum((1, 2), keepdims=True) + 1e-12) ** 0.5  # [E, 1, 1]
-        directions = orthonormal(directions + TURN * xp.exp(turn[step]) * gradient / length, spread)
+        directions = orthonormal(directions + TURN * xp.exp(turn[number]) * gradient / length, spread)
     up = LIFT * xp.exp(lift) * bright / (KERNEL**2 * (bright * bright).sum())  # [Cin]
     return directions.reshape(episodes, KERNEL, KERNEL, layer.inputs, -1) + up[:, None]
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save as save_tensors
 
 from mini_ht.arrays import Array
 from mini_ht.config import Config
+from mini_ht.discriminant import STEPS
 from mini_ht.errors import InputError
 from mini_ht.features import shared_widths
 from mini_ht.files import check_regular, write_atomically
@@ -100,7 +101,7 @@ def parameter_table(config: Config) -> Table:
             inputs = KERNEL * KERNEL * layer.inputs
             table[f"{layer.name}.discriminant.start"] = ((inputs, layer.outputs), 1 / math.sqrt(inputs))
             parts = {"prior": (inputs, inputs), "seen": (1,), "lift": (1,)}
-            parts |= dict.fromkeys(["reach", "turn"], (config.discriminant,))
+            parts |= {"reach": (STEPS,), "turn": (STEPS,)}
             table |= {f"{layer.name}.discriminant.{part}": (shape, "zeros") for part, shape in parts.items()}
             table[f"conv{config.blocks - 1}.beta"] = ((layer.inputs,), "bright")
         elif layer.generated:

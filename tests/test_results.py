@@ -181,6 +181,8 @@ def test_the_best_rows_and_their_figure(tmp_path, monkeypatch):
     figure = load(ROOT / "results/omniglot/figure.py", tmp_path)
     figure.draw(tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figure.draw_small(tmp_path / "small.png")
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
     best, rows = figure.best, figure.rows
     assert best.table() in (ROOT / "docs/results.md").read_text()
     assert best.training_episodes("1shot-8ch-logits-hour") == 136_880 + 240_192

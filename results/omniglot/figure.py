@@ -1,10 +1,16 @@
-"""Draws the rows of the Omniglot table as accuracy.png: by channels beside the paper's, and by length of training."""
+"""Draws the rows of the Omniglot table.
+
+accuracy.png: by channels beside the paper's, and by length of training. small.png: 4 channels and 5 shots, by what is
+generated.
+"""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import best
+import numpy as np
 import rows
 
 from mini_ht.figures import new_figure, save_figure
@@ -12,6 +18,17 @@ from mini_ht.figures import new_figure, save_figure
 # Words in a row's name.
 RECIPES = {"strided": "-strided", "turned": "-turned", "today's": "", "wide": "-wide", "blurred": "-hours-blurred"}
 LENGTHS = ("-brief", "-quick", "-twice", "-short", "", "-hour", "-hours", "-long", "-longer")
+SMALL = {  # rows that follow each other
+    "the logits layer, behind as many of 1 shot": ["5shot-4ch-logits-quick"],
+    "all layers by transformers, the same": ["5shot-4ch-all-quick"],
+    "the logits layer, and the last conv by class means": [
+        f"5shot-4ch-last1-discriminant-{x}" for x in ("quick", "twice")
+    ],
+    "all layers, the last conv by class means": [
+        f"5shot-4ch-all-discriminant-{x}" for x in ("quick", "twice", "thrice")
+    ],
+}
+SMOOTHED = 7  # measurements
 OURS, GENERATED, ADAPTED = "#0072B2", "#D55E00", "#57606a"
 COLOURS = (ADAPTED, "#009E73", OURS, GENERATED, "#CC79A7")
 
@@ -68,6 +85,30 @@ def draw(file: Path) -> None:
     save_figure(figure, file)
 
 
+def draw_small(file: Path) -> None:
+    """Accuracy on validation characters in training, 4 channels and 5 shots, and on test characters behind it."""
+    figure, axes = new_figure(8, 4.5)
+    for (label, some), colour in zip(SMALL.items(), (ADAPTED, GENERATED, "#009E73", OURS), strict=True):
+        before = 0
+        for row in some:
+            lines = map(json.loads, (rows.HERE / row / "metrics.jsonl").read_text().splitlines())
+            found = [(line["episodes"], line["validation_accuracy"]) for line in lines if line["validation_accuracy"]]
+            x, y = np.array(found).T
+            x, y = (np.convolve(part, np.full(SMOOTHED, 1 / SMOOTHED), "valid") for part in (x, 100 * y))
+            axes.plot((before + x) / 1000, y, color=colour, label=label if not before else None)
+            before += rows.kept_summary(row)["episodes"]
+            bars = axes.errorbar(
+                before / 1000, accuracy(row), accuracy(row, "interval"), color=colour, fmt="o", capsize=3
+            )
+            bars.set_label(None)
+    axes.set(xlabel="thousands of training episodes of 5 shots", ylim=(60, None))
+    axes.set(ylabel="accuracy, 20-way 5-shot (%): lines, validation;\ndots, test characters")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    save_figure(figure, file)
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw(rows.HERE / "accuracy.png")
+    draw_small(rows.HERE / "small.png")

@@ -8,12 +8,12 @@
 A row is named SHOTSshot-CHANNELSch-LAYERS, LAYERS being what is generated: all, lastK (the last K convs and the logits
 layer) or logits. Behind that may stand, in this order:
 
-- a recipe: wide (trained on tasks of 40 classes, half as many a step), discriminant (the last conv by attention among
-  class means; 5 shots from the start), turned (the one that these presets had before: all episodes turned) or strided
-  (the one before that);
+- a recipe: wide (trained on tasks of 40 classes, half as many a step), discriminant (the last conv by 8 steps of
+  attention among class means, 16 from twice on; 5 shots from the start), turned (the one that these presets had before:
+  all episodes turned) or strided (the one before that);
 - a length, in episodes, of 40 classes half as many: brief (20,480; with 5 shots 10,240 for the generator of the row
-  quick), quick (40,960) or twice (as many other ones for the generator of the row quick; with 5 shots 10,240 for that
-  of the row twice);
+  quick), quick (40,960), twice (as many other ones for the generator of the row quick; with 5 shots 10,240 for that of
+  the row twice) or thrice (again as many for that of the row twice);
 - or in minutes: short (7.5 of two cores), hour (60 more of two cores for the generator of the row without that word,
   trained before), hours (95 more for that of the row with hour, and other episodes), long (130 of one core in place of
   that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
@@ -49,7 +49,7 @@ from mini_ht.training.workers import storage_dtype
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|short|hours|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|thrice|short|hours|hour|longer|long|more))?"
     r"(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
@@ -61,6 +61,7 @@ LENGTHS = {
     "5shot-twice": FEW,  # more than the row twice of 1 shot has had
     "quick": ["--episodes", "40960", "--workers", "1"],
     "twice": ["--episodes", "40960", "--workers", "1"],  # more than quick has had
+    "thrice": ["--episodes", "40960", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and than twice
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
     "long": ["--minutes", "130", "--workers", "1"],  # the same
@@ -68,14 +69,13 @@ LENGTHS = {
     "longer": ["--minutes", "60", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and more than long
     "more": ["--minutes", "45", "--workers", "2", *AVERAGED, "--upright", "0.25"],
 }
-# With which a row begins, in place of its own word.
-EARLIER = {"twice": "-quick", "hour": "", "hours": "-hour", "long": "", "more": "", "longer": "-long"}
+EARLIER = dict.fromkeys(("hour", "long", "more"), "")  # with which a row begins, in place of its own word
+EARLIER |= {"twice": "-quick", "thrice": "-twice", "hours": "-hour", "longer": "-long"}
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
 BLURRED = ["--shared-convs", "blurred"]
 WIDE = ["--way", "40", "--episodes-per-step", "8"]  # as many images in a step
-DISCRIMINANT = ["--discriminant", "8", "--shared-features", "0"]
 STRIDED = ["--shared-convs", "strided", "--decay", "1"]
 STRIDED_TIMES = TIMES | {"1": ["--minutes", "60", "--workers", "1"]}
 STRIDED_RATE = ["--learning-rate", "0.002"]
@@ -124,12 +124,12 @@ def training(row: str) -> list[str]:
     if ending == "-blurred":
         more = [*(LENGTHS["hour"] if blurred else more), *BLURRED]
     more += WIDE if recipe == "wide" else []
-    more += DISCRIMINANT if recipe == "discriminant" else []
+    more += ["--discriminant", "16" if longer else "8", "--shared-features", "0"] if recipe == "discriminant" else []
     more += ["--turned", "1"] if recipe in ("turned", "strided") else []
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     number = int(seed[5:]) if seed else 0
-    number += 2 * (length in ("hours", "twice") and longer) + 2 * blurred  # other episodes than those of the row before
+    number += 2 * (length in ("hours", "twice") and longer) + 4 * (length == "thrice") + 2 * blurred  # other episodes
     more += ["--seed", str(number)] if number else []
     if upright or blurred:
         return ["train", name, *more, "--start", str(RUNS / row.replace(ending, ""))]
