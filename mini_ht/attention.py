@@ -136,7 +136,7 @@ def encoder(
 ) -> Array:
     """A stack of encoder layers without position codes: x [E, T, D] -> its first `outputs` tokens [E, outputs, D].
 
-    mask [E, T]: True for the tokens that may be attended to; None allows all. The last layer computes no others.
+    mask [E, T]: True for the tokens that may be attended to; None allows all. The last layer computes no other tokens.
 
     With memory [E, S, D], to which mask [E, S] then belongs, it is a decoder (Vaswani et al. 2017): in each layer the
     tokens attend to each other, then to the memory.

@@ -23,10 +23,11 @@ LIFT = 12.0  # added to all answers of a kernel: ReLU lets them pass, and the po
 def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array, labels: Array, mask: Mask) -> Array:
     """Kernels [E, 3, 3, Cin, Cout] of a conv with input x [E, n, h, w, Cin]; labels [E, n] in -1 .. way-1, mask [E, n].
 
-    A step adds to the directions V the gradient of -sum over pairs of exp(-|V' m_i - V' m_j|^2 / reach^2), which bounds
-    how often two classes are taken for each other, and makes V' S V = 1 again: each class mean m attends to the others,
-    most to the nearest. S, the spread within classes, mixes that of labelled images with a learned one, and measures
-    gradient and step. Of maps larger than 3 x 3 the mean of all windows is seen. InputError: see `orthonormal`.
+    A step adds to the directions V the gradient of -sum over pairs of classes of exp(-d^2 / reach^2), d the distance of
+    their means m along V, which bounds how often one is taken for the other, and makes V' S V = 1 again: each class
+    mean attends to the others, most to the nearest. S, the spread within classes, mixes that of labelled images with a
+    learned one, and measures gradient and step. Of maps larger than 3 x 3 the mean of all windows is seen. InputError:
+    see `orthonormal`.
     """
     xp, (episodes, images) = namespace(x), x.shape[:2]
     start, prior, seen_before, lift, reach, turn = (
