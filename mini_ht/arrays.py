@@ -36,6 +36,12 @@ def as_indices(labels: Array) -> Array:
     return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
 
 
+def belongs(labels: Array, way: int, mask: Mask = None) -> Array:
+    """Which image is of which class: labels and mask [..., n] -> booleans [..., n, way]; unlabelled ones of none."""
+    same = labels[..., None] == namespace(labels).arange(way, device=labels.device)  # [..., n, way]
+    return same if mask is None else same & mask[..., None]
+
+
 def relu(x: Array, slope: float = 0.0) -> Array:
     """max(x, slope x) with 0 <= slope < 1, a leaky ReLU above 0; the gradient at 0 is the slope."""
     if torch_functions := fused(x):

@@ -114,7 +114,7 @@ class Config:
             came = f"introduce {self.introduce} came with unlabelled {self.unlabelled} and vary {self.vary}"
             raise InputError(f"{came}; wanted unlabelled above 0 and vary 0: change them, or set introduce to 0")
         last = self.blocks in self.generated_convs and self.blocks > 1 and self.image_size >> self.blocks - 1 >= 3
-        if self.discriminant and not (last and not (self.generate_bias or self.generate_norm or self.residual_weights)):
+        if self.discriminant and (not last or self.generate_bias or self.generate_norm or self.residual_weights):
             wants = "the last of several convs generated, on maps of 3 x 3 or more, without bias, norm or residual"
             raise InputError(f"discriminant is {self.discriminant}, which wants {wants}; change that, or set it to 0")
 
@@ -169,9 +169,7 @@ LEAST: dict[str, float] = {
     **dict.fromkeys("shot queries channels image_channels blocks encoding layers heads episodes_per_step".split(), 1),
     **dict.fromkeys("unlabelled vary introduce inner_width shared_features local_features shift seed".split(), 0),
     **dict.fromkeys("minutes episodes learning_rate weight_decay warmup decay clip shrink turned upright".split(), 0),
-    **{"key_width": 0.05, "value_width": 0.05, "discriminant": 0},
-    "way": 2,
-    "conv_rate": 0.001,
+    **{"discriminant": 0, "way": 2, "key_width": 0.05, "value_width": 0.05, "conv_rate": 0.001},
 }
 # A checkpoint from elsewhere must not ask for more than a computer has; shares end at 1.
 MOST: dict[str, float] = {

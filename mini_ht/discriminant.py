@@ -4,7 +4,7 @@ A kernel is a direction in which what the conv sees differs more between classes
 which two classes count by how near they still are (as in Loog et al. 2001). In the paper transformers write all convs.
 """
 
-from mini_ht.arrays import Array, Mask, Parameters, as_floats, namespace
+from mini_ht.arrays import Array, Mask, Parameters, as_floats, belongs, namespace
 from mini_ht.config import Config
 from mini_ht.errors import InputError
 from mini_ht.features import mean_neighbourhood
@@ -37,9 +37,7 @@ def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array,
     bright = parameters[f"conv{config.blocks - 1}.beta"]  # [Cin], the mean of x
     seen = as_floats(seen, start).reshape(-1, KERNEL**2, layer.inputs) - bright  # [E * n, 9, Cin]
     seen = seen.reshape(episodes, images, -1)  # [E, n, D]
-    members = as_floats(xp.stack([labels == label for label in range(config.way)], axis=-1), start)  # [E, n, way]
-    if mask is not None:
-        members = members * as_floats(mask, start)[..., None]
+    members = as_floats(belongs(labels, config.way, mask), start)  # [E, n, way]
     counts, there = members.sum(1)[..., None], as_floats(members.sum(1) > 0, start)  # [E, way, 1], [E, way]
     means = members.mT @ seen / counts.clip(1)  # [E, way, D]
     apart = (seen - members @ means) * members.sum(-1, keepdims=True)  # [E, n, D]; 0 for unlabelled images
@@ -49,12 +47,13 @@ def discriminant(parameters: Parameters, config: Config, layer: Layer, x: Array,
     spread = (apart.mT @ apart + weight * (expected @ expected.mT)) / (free + weight) + 1e-3 * same  # [E, D, D]
     inverse = xp.linalg.solve(spread, means.mT)  # [E, D, way]
     directions = orthonormal(xp.broadcast_to(start, (episodes, *start.shape)), spread)  # [E, D, Cout]
+    pairs = there[:, :, None] * there[:, None]  # [E, way, way]
     for step in range(config.discriminant):
         places = means @ directions  # [E, way, Cout]
         gaps = places[:, :, None] - places[:, None]  # [E, way, way, Cout]
         number = min(step, STEPS - 1)
         near = xp.exp(-(gaps**2).sum(-1) / (REACH * xp.exp(reach[number])) ** 2)  # [E, way, way]
-        pushes = (near * there[:, :, None] * there[:, None])[..., None] * gaps  # [E, way, way, Cout]
+        pushes = (near * pairs)[..., None] * gaps  # [E, way, way, Cout]
         gradient = inverse @ pushes.sum(2)  # [E, D, Cout]
         length = ((gradient * (spread @ gradient)).sum((1, 2), keepdims=True) + 1e-12) ** 0.5  # [E, 1, 1]
         directions = orthonormal(directions + TURN * xp.exp(turn[number]) * gradient / length, spread)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mini_ht.arrays import Array, Parameters, as_indices, namespace
+from mini_ht.arrays import Array, Parameters, as_indices, belongs, namespace
 from mini_ht.attention import encoder
 from mini_ht.checks import check_support
 from mini_ht.cnn import ConvLayer, GeneratedCNN
@@ -54,8 +54,8 @@ def generate(
         weight, bias, affine = conv_weights(parameters, config, layer, x, labels, shared, mask)
         gamma, beta = parameters[f"{layer.name}.gamma"], parameters[f"{layer.name}.beta"]
         x, statistics = conv_block(x, weight, gamma, beta, bias=bias, mask=mask, slope=config.slope, impl=impl)
-        if config.norm == "support":
-            share = config.shrink * (not layer.discriminant)  # whose kernels differ too much from task to task
+        if config.norm == "support":  # statistics that were learned say nothing of a discriminant's kernels
+            share = 0.0 if layer.discriminant else config.shrink
             x, statistics = towards_learned(parameters, layer.name, share, x, statistics)
         convs.append(ConvLayer(weight, bias, gamma, beta, statistics, affine))
         x = convs[-1].rescaled(x)
@@ -125,7 +125,4 @@ def generated_slices(parameters: Parameters, config: Config, layer: Layer, x: Ar
 
 def present_classes(labels: Array, mask: Array | None, way: int) -> Array:
     """Which classes have a labelled image: labels [E, n] -> booleans [E, way]."""
-    xp = namespace(labels)
-    if mask is not None:
-        labels = xp.where(mask, labels, -1)
-    return xp.stack([(labels == label).any(1) for label in range(way)], axis=-1)
+    return belongs(labels, way, mask).any(1)

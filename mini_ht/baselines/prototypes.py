@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mini_ht.arrays import belongs
 from mini_ht.config import Config
 from mini_ht.generator import present_classes
 from mini_ht.kernels import conv_stack
@@ -38,7 +39,7 @@ def embed(
 
 def class_means(features: Tensor, labels: Tensor, way: int) -> Tensor:
     """Mean features of each class: [E, n, F], labels [E, n] with -1 for unlabelled -> [E, way, F], 0 without images."""
-    one_hot = (labels[..., None] == torch.arange(way, device=labels.device)).to(features.dtype)  # [E, n, way]
+    one_hot = belongs(labels, way).to(features.dtype)  # [E, n, way]
     return one_hot.mT @ features / one_hot.sum(1)[..., None].clamp(min=1)  # [E, way, F]
 
 

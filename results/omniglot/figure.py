@@ -97,10 +97,7 @@ def draw_small(file: Path) -> None:
             x, y = (np.convolve(part, np.full(SMOOTHED, 1 / SMOOTHED), "valid") for part in (x, 100 * y))
             axes.plot((before + x) / 1000, y, color=colour, label=label if not before else None)
             before += rows.kept_summary(row)["episodes"]
-            bars = axes.errorbar(
-                before / 1000, accuracy(row), accuracy(row, "interval"), color=colour, fmt="o", capsize=3
-            )
-            bars.set_label(None)
+            axes.errorbar(before / 1000, accuracy(row), accuracy(row, "interval"), color=colour, fmt="o", capsize=3)
     axes.set(xlabel="thousands of training episodes of 5 shots", ylim=(60, None))
     axes.set(ylabel="accuracy, 20-way 5-shot (%): lines, validation;\ndots, test characters")
     axes.grid(alpha=0.3)
