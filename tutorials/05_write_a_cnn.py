@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import mini_ht
-from mini_ht.arrays import fused, relu
+from mini_ht.arrays import belongs, fused, relu
 from mini_ht.attention import encoder, softmax
 from mini_ht.cnn import ConvLayer, GeneratedCNN, linear
 from mini_ht.datasets import open_dataset
@@ -183,6 +183,7 @@ assert all(np.array_equal(array, parameters[name]) for name, array in to_numpy(t
 # nothing, so its logit is minus infinity, and the softmax gives it exactly zero.
 
 some = np.where(labels == 3, -1, labels)  # the images of class 3 lose their label
+print("images of each class:", belongs(some, config.way).sum(1)[0])  # [E, n, way] -> [E, way] -> [way]
 print("present:", present_classes(some, None, config.way)[0])
 chances = softmax(generate(parameters, config, support, some)(query))  # [E, m, way]
 assert (chances[..., 3] == 0).all() and np.allclose(chances.sum(-1), 1)
