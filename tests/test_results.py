@@ -131,6 +131,9 @@ def test_rows_are_commands(tmp_path):
         assert rows.training(f"5shot-48ch-logits-wide-{length}")[2:] == five
     twice = [*few, "--seed", "2", "--start", "runs/omniglot/1shot-48ch-logits-wide-quick"]
     assert rows.training("1shot-48ch-logits-wide-twice")[2:] == twice
+    means = ["train", "omniglot-20way-5shot-4ch", *rows.LENGTHS["steady"], "--discriminant", "16"]
+    means += ["--shared-features", "0", "--seed", "6", "--start", "runs/omniglot/5shot-4ch-all-discriminant-quick"]
+    assert rows.training("5shot-4ch-all-discriminant-steady") == means
     assert rows.training("1shot-6ch-all-wide-quick") == ["train", "omniglot-20way-1shot-6ch", *few]
     wrong = (
         "1shot-8ch 2shot-8ch-all 1shot-7ch-all 1shot-8ch-all-quick-turned 1shot-8ch-all-seed1-quick ../1shot-8ch-all "

@@ -12,12 +12,11 @@ layer) or logits. Behind that may stand, in this order:
   attention among class means, 16 from twice on; 5 shots from the start), turned (the one that these presets had before:
   all episodes turned) or strided (the one before that);
 - a length, in episodes, of 40 classes half as many: brief (20,480; with 5 shots 10,240 for the generator of the row
-  quick), quick (40,960), twice (as many other ones for the generator of the row quick; with 5 shots 10,240 for that of
-  the row twice) or thrice (again as many for that of the row twice);
-- or in minutes: short (7.5 of two cores), hour (60 more of two cores for the generator of the row without that word,
-  trained before), hours (95 more for that of the row with hour, and other episodes), long (130 of one core in place of
-  that hour), more (45 of two cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of
-  two cores for that of the row with long);
+  quick), quick (40,960), twice (as many others for that of the row quick; with 5 shots 10,240 for that of the row
+  twice), thrice (as many for that of twice) or steady (163,840 for that of quick, images moved by 1 pixel, not by 2);
+- or in minutes: short (7.5 of two cores), hour (60 more of two cores for the generator of the row without that word),
+  hours (95 more for that of hour, and other episodes), long (130 of one core in place of that hour), more (45 of two
+  cores, the last quarter with classes neither turned nor mirrored) or longer (60 more of two cores for that of long);
 - upright (16 more minutes of a core, all like that quarter, for that of the row without this word) or blurred (60 more
   of two cores, the features' pools blurred, for that of the row without this word, and other episodes; with 5 shots the
   length before it, for the generator of the row blurred of 1 shot);
@@ -49,11 +48,10 @@ from mini_ht.training.workers import storage_dtype
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|thrice|short|hours|hour|longer|long|more))?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|thrice|steady|short|hours|hour|longer|long|more))?"
     r"(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
-AVERAGED = ["--learning-rate", "0.002", "--decay", "0", "--ema", "0.9995"]
 FEW = ["--episodes", "10240", "--workers", "1"]
 LENGTHS = {
     "brief": ["--episodes", "20480", "--workers", "1"],  # counted in episodes, a row can be repeated
@@ -62,15 +60,17 @@ LENGTHS = {
     "quick": ["--episodes", "40960", "--workers", "1"],
     "twice": ["--episodes", "40960", "--workers", "1"],  # more than quick has had
     "thrice": ["--episodes", "40960", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and than twice
+    "steady": ["--episodes", "163840", "--workers", "1", "--decay", "1", "--shift", "1"],  # and than quick
     "short": ["--minutes", "7.5", "--workers", "2"],
     "hour": ["--minutes", "60", "--workers", "2"],  # more than the row without this word has had
     "long": ["--minutes", "130", "--workers", "1"],  # the same
     "hours": ["--minutes", "95", "--workers", "2"],  # and more than hour
     "longer": ["--minutes", "60", "--workers", "2", "--learning-rate", "0.002", "--decay", "1"],  # and more than long
-    "more": ["--minutes", "45", "--workers", "2", *AVERAGED, "--upright", "0.25"],
+    "more": "--minutes 45 --workers 2 --learning-rate 0.002 --decay 0 --ema 0.9995 --upright 0.25".split(),
 }
 EARLIER = dict.fromkeys(("hour", "long", "more"), "")  # with which a row begins, in place of its own word
-EARLIER |= {"twice": "-quick", "thrice": "-twice", "hours": "-hour", "longer": "-long"}
+EARLIER |= {"twice": "-quick", "thrice": "-twice", "steady": "-quick", "hours": "-hour", "longer": "-long"}
+OTHER = {"hours": 2, "twice": 2, "thrice": 4, "steady": 6}  # added to the seed, for other episodes
 RATE = ["--learning-rate", "0.001"]  # of what is trained already
 UPRIGHT_TIMES = {"1": ["--minutes", "8", "--workers", "2"], "5": ["--minutes", "16", "--workers", "1"]}
 UPRIGHT = ["--learning-rate", "0.002", "--decay", "1", "--no-rotate", "--no-mirror"]
@@ -129,7 +129,7 @@ def training(row: str) -> list[str]:
     more += ["--generate", layers] if layers.startswith("last") else []
     more += ["--split", "alphabet"] if alphabet else []
     number = int(seed[5:]) if seed else 0
-    number += 2 * (length in ("hours", "twice") and longer) + 4 * (length == "thrice") + 2 * blurred  # other episodes
+    number += OTHER.get(length, 0) * longer + 2 * blurred
     more += ["--seed", str(number)] if number else []
     if upright or blurred:
         return ["train", name, *more, "--start", str(RUNS / row.replace(ending, ""))]
