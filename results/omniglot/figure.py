@@ -24,6 +24,9 @@ SMALL = {  # rows that follow each other
     "the logits layer, and the last conv by class means": [
         f"5shot-4ch-last1-discriminant-{x}" for x in ("quick", "twice")
     ],
+    "all layers, the last conv by class means, images moved by 1 pixel": [
+        f"5shot-4ch-all-discriminant-{x}" for x in ("quick", "steady")
+    ],
     "all layers, the last conv by class means": [
         f"5shot-4ch-all-discriminant-{x}" for x in ("quick", "twice", "thrice")
     ],
@@ -88,7 +91,7 @@ def draw(file: Path) -> None:
 def draw_small(file: Path) -> None:
     """Accuracy on validation characters in training, 4 channels and 5 shots, and on test characters behind it."""
     figure, axes = new_figure(8, 4.5)
-    for (label, some), colour in zip(SMALL.items(), (ADAPTED, GENERATED, "#009E73", OURS), strict=True):
+    for (label, some), colour in zip(SMALL.items(), (ADAPTED, GENERATED, "#009E73", "#CC79A7", OURS), strict=True):
         before = 0
         for row in some:
             lines = map(json.loads, (rows.HERE / row / "metrics.jsonl").read_text().splitlines())
