@@ -36,6 +36,13 @@ settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True
 settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
+LONG = {f"test_{name}" for name in ("distributed", "kill", "limits", "results", "training", "triton", "tune")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take a minute or more of a core begin, so that at the end no core waits for another."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @dataclass(frozen=True)
 class Library:
