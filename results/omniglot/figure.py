@@ -91,7 +91,7 @@ def draw(file: Path) -> None:
 def draw_small(file: Path) -> None:
     """Accuracy on validation characters in training, 4 channels and 5 shots, and on test characters behind it."""
     figure, axes = new_figure(8, 4.5)
-    for (label, some), colour in zip(SMALL.items(), (ADAPTED, GENERATED, "#009E73", "#CC79A7", OURS), strict=True):
+    for (label, some), colour in zip(SMALL.items(), COLOURS, strict=True):
         before = 0
         for row in some:
             lines = map(json.loads, (rows.HERE / row / "metrics.jsonl").read_text().splitlines())

@@ -48,8 +48,8 @@ from mini_ht.training.workers import storage_dtype
 
 HERE = Path(__file__).parent
 NAME = re.compile(
-    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?(?:-(brief|quick|twice|thrice|steady|short|hours|hour|longer|long|more))?"
-    r"(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
+    r"(1|5)shot-(\d+)ch-(all|last\d|logits)(?:-(wide|turned|strided|discriminant))?"
+    r"(?:-(brief|quick|twice|thrice|steady|short|hours|hour|longer|long|more))?(-upright|-blurred)?(-alphabet)?(-seed\d+)?"
 )
 TIMES = {"1": ["--minutes", "32", "--workers", "2"], "5": ["--minutes", "20", "--workers", "1"]}  # by shots
 FEW = ["--episodes", "10240", "--workers", "1"]
