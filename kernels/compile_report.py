@@ -1,7 +1,8 @@
 """`python -m mini_ht.kernels.compile_report`: compiles all kernels as shipped, without a GPU; prints what they became.
 
-For each entry registers, spilled bytes, shared memory and tensor-core instructions. Exits with 1 if one spills, wants
-more shared memory than the device has, or multiplies without tensor cores where it should not.
+For each kernel registers, spilled bytes, shared memory, tensor-core instructions, and how many instructions all warps
+need for a window of a tile, where the loop over tiles has no other inside. Exits with 1 if one spills, wants more
+shared memory than the device has, or multiplies without tensor cores where it should not.
 """
 
 import argparse
@@ -18,71 +19,102 @@ from typing import Any
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 NETS = tuple((images, width) for images in (1, 3) for width in (8, 16, 32, 64))
 KINDS = (("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "bf16x3"), ("float32", "ieee"), ("float16", "tf32"))
-QUICK = {(1, 8), (8, 8), (16, 16), (3, 32), (32, 32), (64, 64)}
-FUSED = {"enable_fp_fusion": True}  # as `triton_launch.run` has it
-SHORT = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+QUICK = {"bfloat16": ("1->8", "8->8", "16->16", "3->32", "32->32", "64->64"), "float32": ("1->8", "8->8", "32->32")}
+SHORT = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16", "torch.int8": "i8"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel to compile: job, channels, the dtype that is stored and the precision of float32 products."""
+    """One launch that the host side would make."""
 
-    job: str  # forward, input, weight; or the name of a kernel without matrix product
-    inputs: int
-    outputs: int
-    dtype: str
-    precision: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    net: str  # dtype and precision
+    channels: str  # in and out
+
+    @property
+    def label(self) -> str:
+        """What makes an entry another one, in words."""
+        return f"{self.kernel.__name__} {self.net} {self.channels}"
 
 
-def shipped(quick: bool) -> Iterator[Entry]:
-    """Every kernel of the paper's nets, images with 1 and 3 channels, 8 to 64 channels, in every precision."""
-    pairs: dict[tuple[int, int], tuple[str, ...]] = {net: ("forward", "weight") for net in NETS}
-    pairs |= {(width, width): ("forward", "input", "weight") for _, width in NETS}
+def launches(images: int, width: int, dtype: str, precision: str, capability: int) -> list[Entry]:
+    """What forward and backward of a four-block net would launch on a GPU of a capability; tensors have no values."""
+    import torch
+
+    from mini_ht.kernels import triton_launch, triton_launch_backward
+
+    found: list[Entry] = []
+
+    def record(kernel: Any, grid: Any, *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+        inputs, outputs = (constants.get(name, width) for name in ("CI", "CO"))
+        channels = f"{images}->{width}" if kernel.__name__ == "add_up" else f"{inputs}->{outputs}"
+        options = triton_launch.compiler_options(warps, stages)
+        found.append(Entry(kernel, arguments, constants, options, f"{SHORT[str(x.dtype)]} {precision}", channels))
+
+    x = torch.empty(2, 80, 28, 28, images, dtype=getattr(torch, dtype), device="meta")
+    shapes = [(2, 3, 3, images if k == 0 else width, width) for k in range(4)]
+    weights = [torch.empty(shape, device="meta") for shape in shapes]
+    small = [torch.empty(width, device="meta")] * 4
+    kept = triton_launch.run, triton_launch.hopper
+    triton_launch.run = triton_launch_backward.run = record
+    triton_launch.hopper = lambda device: capability >= 90
+    try:
+        options = (0.0, 1e-3, precision)
+        y, blocks = triton_launch.forward(x, weights, small, small, [], [], *options)
+        triton_launch_backward.Backward(y, [], x, weights, small, small, [], blocks, True, options)(False)
+    finally:
+        triton_launch.run, triton_launch.hopper = kept
+        triton_launch_backward.run = kept[0]
+    return found
+
+
+def shipped(quick: bool, capability: int) -> Iterator[Entry]:
+    """Every kernel of the paper's nets once: images with 1 and 3 channels, 8 to 64 channels, every precision."""
+    seen = set()
     for dtype, precision in KINDS[:2] if quick else KINDS:
-        for (inputs, outputs), jobs in sorted(pairs.items()):
-            if not quick or (inputs, outputs) in QUICK:
-                yield from (Entry(job, inputs, outputs, dtype, precision) for job in jobs)
-    for width in (8,) if quick else (8, 16, 32, 64):
-        for job in ("merge_statistics", "apply_norm", "output_sums", "finish_block"):
-            yield Entry(job, width, width, "bfloat16", "tf32")
+        for images, width in NETS:
+            for entry in launches(images, width, dtype, precision, capability):
+                small = "DT" not in entry.constants and (dtype != "bfloat16" or (quick and width > 8))
+                if entry.label not in seen and not small and (not quick or entry.channels in QUICK[dtype]):
+                    seen.add(entry.label)
+                    yield entry
 
 
-def kernel_and_constants(entry: Entry, hopper: bool) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The kernel, its constants, and the compiler's options, as the host side would choose them."""
-    import triton.language as tl
-
-    from mini_ht.kernels import triton_backward, triton_forward, triton_weights
-    from mini_ht.kernels.tiles import choose, padded
-
-    wide = padded(entry.outputs, 1)
-    flags = {"AFFINE": entry.inputs > 3, "BIAS": False, "OWN": True, "SUMS": True, "WIDE": False}
-    if entry.job not in ("forward", "input", "weight"):
-        window = choose("weight", entry.inputs, entry.outputs, entry.dtype, entry.precision, hopper)
-        values = {
-            "CI": entry.inputs, "CO": entry.outputs, "CIP": window.inputs, "COP": window.outputs, "C": entry.outputs,
-            "CP": wide, "BS": 32, "BLOCK": 1024, "BM": 128, "WINDOW": window.form == "window", "WEIGHTS": True,
-            "USED": False, **flags,
-        }  # fmt: skip
-        module = {"finish_block": triton_weights, "output_sums": triton_backward}.get(entry.job, triton_forward)
-        big = entry.job == "finish_block" and window.inputs * window.outputs >= 1024
-        return getattr(module, entry.job), values, {"num_warps": 8 if big else 4, "num_stages": 1, **FUSED}
-    tile = choose(entry.job, entry.inputs, entry.outputs, entry.dtype, entry.precision, hopper)
-    module = {"forward": triton_forward, "input": triton_backward, "weight": triton_weights}[entry.job]
-    values = {
-        "CI": entry.inputs, "CO": entry.outputs, "CIP": tile.inputs, "COP": tile.outputs, "BM": tile.windows,
-        "PIXELS": tile.pixels, "PRECISION": entry.precision, "DT": getattr(tl, entry.dtype), **flags,
-    }  # fmt: skip
-    kernel = getattr(module, f"{entry.job}_{tile.form}")
-    return kernel, values, {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
+def parameter_type(argument: Any) -> Any:
+    """An argument's type in Triton's words."""
+    if isinstance(argument, tuple):
+        return tuple(map(parameter_type, argument))
+    if hasattr(argument, "dtype"):
+        return f"*{SHORT[str(argument.dtype)]}"
+    return "fp32" if isinstance(argument, float) else "i32" if argument < 2**31 else "i64"
 
 
-def parameter_type(name: str, dtype: str) -> str:
-    """A kernel parameter's type by its name: activations and their gradients are stored in the net's dtype."""
-    if name in ("x_ptr", "p_ptr", "g_ptr", "y_ptr", "dx_ptr"):
-        return f"*{SHORT[dtype]}"
-    if name.endswith("_ptr"):
-        return "*i8" if name == "code_ptr" else "*fp32"
-    return "fp32" if name in ("slope", "eps") else "i32"
+def pointers(arguments: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+    """Where tensors are among arguments, those in tuples too."""
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, tuple):
+            yield from ((index, *path) for path in pointers(argument))
+        elif hasattr(argument, "dtype"):
+            yield (index,)
+
+
+def each_window(code: str, windows: int, warps: int) -> str:
+    """Instructions of the loop over tiles, for each window of a tile and all warps; empty if it has a loop inside."""
+    labels: dict[str, int] = {}
+    count, loops = 0, []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = count
+        elif re.match(r"/\*[0-9a-f]{4,}\*/ ", line.strip()):
+            count += 1
+            if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                loops.append((labels[jump[1]], count))
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    alone = not any(first <= start and end < last for start, end in loops)
+    return f"{(last - first) * warps / windows:.1f}" if windows and loops and alone else ""
 
 
 def compile_entry(entry: Entry, capability: int) -> dict[str, Any]:
@@ -92,17 +124,13 @@ def compile_entry(entry: Entry, capability: int) -> dict[str, Any]:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    kernel, values, options = kernel_and_constants(entry, capability >= 90)
-    constexprs = {name: values[name] for name in kernel.arg_names if name in values}
-    signature = {
-        name: "constexpr" if name in constexprs else parameter_type(name, entry.dtype) for name in kernel.arg_names
-    }
+    names = entry.kernel.arg_names
+    signature = dict(zip(names, map(parameter_type, entry.arguments), strict=False))
+    signature |= {name: "constexpr" for name in names[len(entry.arguments) :]}
     # Buffers start at multiples of 16 bytes, as torch allocates them; it decides how wide loads are.
-    aligned = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name.endswith("_ptr")
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    aligned = {path: [["tt.divisibility", 16]] for path in pointers(entry.arguments)}
+    source = ASTSource(fn=entry.kernel, signature=signature, constexprs=entry.constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=entry.options)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
@@ -111,22 +139,20 @@ def compile_entry(entry: Entry, capability: int) -> dict[str, Any]:
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", str(ptx), "-o", f"{folder}/out"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-        code = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     return {
         "registers": int(re.search(r"Used (\d+) registers", said).group(1)),  # type: ignore[union-attr]
         "spilled": sum(map(int, spilled)),
         "shared": compiled.metadata.shared,
         "tensor": len(re.findall(r"\bHGMMA|\bHMMA|\bQGMMA", code)),
-        "windows": constexprs.get("BM", 0),
-        "warps": options["num_warps"],
-        "kernel": kernel.__name__,
+        "each": each_window(code, entry.constants.get("BM", 0), entry.options["num_warps"]),
     }
 
 
 def misses(entry: Entry, found: dict[str, Any], capability: int) -> list[str]:
     """Which bars an entry misses."""
-    tensor_cores = entry.job in ("forward", "input", "weight") and (entry.dtype, entry.precision) != ("float32", "ieee")
+    tensor_cores = "DT" in entry.constants and entry.net != "fp32 ieee"
     return [
         *(["spills"] if found["spilled"] else []),
         *(["shared memory"] if found["shared"] > SHARED[capability] else []),
@@ -142,23 +168,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], choices=[80, 90], help="default: 80 90")
     chosen = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-    print("arch   kernel            dtype  precision  channels  windows  warps  registers  spilled  shared  tensor")
+    print(
+        "arch   kernel           dtype, precision  channels  windows  warps  registers  spilled  shared  tensor    each"
+    )
     failed = count = 0
     for capability in chosen.arch:
-        for entry in shipped(chosen.quick):
-            label = (
-                f"sm_{capability} {entry.job} {SHORT[entry.dtype]} {entry.precision} {entry.inputs}->{entry.outputs}"
-            )
-            if not re.search(chosen.only, label):
+        for entry in shipped(chosen.quick, capability):
+            if not re.search(chosen.only, f"sm_{capability} {entry.label}"):
                 continue
             found = compile_entry(entry, capability)
             missed = misses(entry, found, capability)
             failed, count = failed + bool(missed), count + 1
-            channels = f"{entry.inputs}->{entry.outputs}"
             print(
-                f"sm_{capability}  {found['kernel']:16}  {SHORT[entry.dtype]:5}  {entry.precision:9}  {channels:8}  "
-                f"{found['windows']:7}  {found['warps']:5}  {found['registers']:9}  {found['spilled']:7}  "
-                f"{found['shared']:6}  {found['tensor']:6}  {', '.join(missed)}".rstrip(),
+                f"sm_{capability}  {entry.kernel.__name__:15}  {entry.net:16}  {entry.channels:8}  "
+                f"{entry.constants.get('BM', 0):7}  {entry.options['num_warps']:5}  {found['registers']:9}  "
+                f"{found['spilled']:7}  {found['shared']:6}  {found['tensor']:6}  {found['each']:>6}  "
+                f"{', '.join(missed)}".rstrip(),
                 flush=True,
             )
     print(f"{count} compiled, {failed} miss a bar (0 spilled bytes, shared memory of the device, tensor cores)")

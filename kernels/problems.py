@@ -27,16 +27,16 @@ class Problem:
         """Bytes that the kernels' design must move, with `width` bytes a value.
 
         Forward: each block reads its input and writes p and its code; the last norm reads p and writes y. Backward: the
-        weight's and (not for images) the input's kernel read g, p, code and the input, the latter writes dx; the first
-        kernel reads g and p. Weights and partial sums are left out.
+        first kernel reads g and p, the weight's g, p, code and the input; but for images it writes d, and the input's
+        reads d, code and the input, and writes dx. Weights and partial sums are left out.
         """
         count = self.episodes * self.images
         forward = backward = 0.0
         for k, (size, inputs, outputs) in enumerate(self.blocks):
             x, p = count * size**2 * inputs, count * (size // 2) ** 2 * outputs
             forward += x * width + p * (width + 1)
-            passes = 2 if k else 1
-            backward += passes * (p * (2 * width + 1) + x * width) + (x * width if k else 0)
+            backward += p * (2 * width + 1) + x * width
+            backward += p * (2 * width + 1) + 2 * x * width if k else 0
         last = count * (self.size // 16) ** 2 * self.channels * width
         return {"forward": forward + 2 * last, "backward": backward + 2 * last, "both": forward + backward + 4 * last}
 

@@ -68,15 +68,9 @@ def spread(x: Floats) -> Floats:
 
 
 def block_forward(
-    x: Floats,
-    weight: Floats,
-    gamma: Floats,
-    beta: Floats,
-    bias: Floats | None,
-    statistics: Statistics | None,
-    slope: float,
-    eps: float,
-) -> tuple[Floats, Statistics]:
+    x: Floats, weight: Floats, gamma: Floats, beta: Floats, bias: Floats | None, statistics: Statistics | None,
+    slope: float, eps: float,
+) -> tuple[Floats, Statistics]:  # fmt: skip
     """The block as written above; arguments and results as of `mini_ht.kernels.conv_block`."""
     best, _ = winners(x, weight, bias)
     active = np.where(best > 0, best, slope * best)
@@ -85,16 +79,9 @@ def block_forward(
 
 
 def block_backward(
-    x: Floats,
-    weight: Floats,
-    gamma: Floats,
-    bias: Floats | None,
-    statistics: Statistics | None,
-    slope: float,
-    eps: float,
-    g: Floats,
-    g_statistics: Statistics | None = None,
-) -> BlockGradients:
+    x: Floats, weight: Floats, gamma: Floats, bias: Floats | None, statistics: Statistics | None, slope: float,
+    eps: float, g: Floats, g_statistics: Statistics | None = None,
+) -> BlockGradients:  # fmt: skip
     """Gradients of a loss with dL/dz = g [E, N, h, w, Cout] and, for (mean, variance), g_statistics [E, Cout]."""
     best, place = winners(x, weight, bias)
     active = np.where(best > 0, best, slope * best)  # [E, N, h, w, Cout]
@@ -151,17 +138,10 @@ def input_gradient(dy: Floats, weight: Floats) -> Floats:
 
 
 def stack_backward(
-    x: Floats,
-    weights: Sequence[Floats],
-    gammas: Sequence[Floats],
-    betas: Sequence[Floats],
-    biases: Sequence[Floats] | None,
-    statistics: Sequence[Statistics] | None,
-    slope: float,
-    eps: float,
-    g: Floats,
+    x: Floats, weights: Sequence[Floats], gammas: Sequence[Floats], betas: Sequence[Floats],
+    biases: Sequence[Floats] | None, statistics: Sequence[Statistics] | None, slope: float, eps: float, g: Floats,
     g_statistics: Sequence[Statistics] | None = None,
-) -> list[BlockGradients]:
+) -> list[BlockGradients]:  # fmt: skip
     """Gradients of every block of a stack, first to last: what a block's input gets is the g of the one before."""
     count = len(weights)
     nothing: list[None] = [None] * count

@@ -16,18 +16,18 @@ from mini_ht.errors import InputError
 LIST = "MINI_HT_TILES"
 
 LARGEST = 64  # channels
-# Programs of a launch: a few for each multiprocessor of a large GPU. More would only add partial sums.
-PROGRAMS, WEIGHT_PROGRAMS = 1024, 256
+# For a GPU of 132 multiprocessors: six programs of a launch for each, or eight warps where every program leaves much.
+PROGRAMS, WARPS = 6 * 132, 8 * 132
+MOST_PARTS, FEW_BYTES = 64, 2**22  # programs of an episode, as each reader adds up what they leave; what is not much
 
 
-# Before compute capability 9, where triton 3.6 or 3.9 spills a few registers: what is taken instead.
-SPARED: dict[tuple[str, str, int, int], dict[str, Any]] = {
-    ("half", "forward", 4, 8): {"pixels": 4},
-    ("half", "forward", 8, 8): {"windows": 64, "warps": 8},
-    ("half", "input", 8, 8): {"warps": 8},
-    ("half", "input", 16, 16): {"windows": 32},
-    ("tf32", "weight", 4, 32): {"pixels": 4},
-    ("ieee", "input", 32, 32): {"warps": 4},
+# Where triton 3.6 or 3.9 spills a few registers, on compute capability 9 (True) or before it: what is taken instead.
+SPARED: dict[tuple[bool, str, str, int, int], dict[str, Any]] = {
+    (False, "half", "forward", 32, 32): {"windows": 128, "pixels": 1, "warps": 8},
+    (False, "half", "input", 32, 32): {"windows": 128, "pixels": 1, "warps": 8},
+    (False, "tf32", "input", 32, 32): {"windows": 32},
+    (True, "bf16x3", "input", 64, 64): {"windows": 64},
+    (True, "ieee", "input", 64, 64): {"warps": 4},
 }
 
 
@@ -39,7 +39,7 @@ class Tile:
     inputs: int
     outputs: int
     windows: int  # BM, pooling windows of a tile
-    pixels: int  # of the 4 x 4 that a window sees, how many make one product
+    pixels: int  # of the 4 x 4 that a window sees, how many make one product; taps: 16 if each is read only once
     warps: int
     stages: int = 1
 
@@ -82,22 +82,25 @@ def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopp
         return found
     tile = {"forward": forward_tile, "input": input_tile, "weight": weight_tile}[job](inputs, outputs)
     kind = "half" if dtype != "float32" else precision
-    spared = {} if hopper else SPARED.get((kind, job, tile.inputs, tile.outputs), {})
+    spared = SPARED.get((hopper, kind, job, tile.inputs, tile.outputs), {})
     if dtype == "float32":
         return replace(for_float32(tile, precision, job), **spared)
-    if spared:
-        return replace(tile, **spared)
+    if hopper and job != "weight" and tile.form == "window":
+        return replace(tile, warps=4)
     if not hopper and job == "weight" and tile.inputs * tile.outputs > 1024:
-        return replace(tile, windows=16)
-    return tile
+        return replace(tile, windows=16, **spared)
+    return replace(tile, **spared)
 
 
 def for_float32(tile: Tile, precision: str, job: str) -> Tile:
     """Twice the bytes, half the windows; three products need more registers, and FMAs one for every operand."""
     taps = tile.form == "taps"
+    if taps:  # to read each pixel once would spill
+        windows = 32 if job == "weight" else 128 if tile.inputs * tile.outputs <= 1024 else 64
+        tile = replace(tile, windows=windows, pixels=1, warps=8)
     if precision == "ieee" and taps:
         many = tile.inputs * tile.outputs >= (1024 if job == "input" else 2048)
-        return replace(tile, windows=16, warps=8 if job != "forward" and many else 4)
+        return replace(tile, windows=32 if job == "input" and many else 16, warps=8 if many else 4)
     if precision == "ieee":
         warps = 4 if job != "weight" and (tile.inputs == 16 or tile.outputs == 32) else 8
         least = 16 // tile.outputs if job == "input" else 2  # triton 3.6 wants products over 16 values or more
@@ -105,16 +108,24 @@ def for_float32(tile: Tile, precision: str, job: str) -> Tile:
     if precision == "bf16x3" and taps and job != "weight":
         return replace(tile, windows=tile.windows // 2)
     if precision == "bf16x3":
-        return replace(tile, windows=max(16, tile.windows // 4), warps=8 if job == "input" else tile.warps)
+        warps = 8 if job == "input" else 4 if tile.inputs == tile.outputs == 16 and job == "forward" else tile.warps
+        return replace(tile, windows=max(16, tile.windows // 4), warps=warps)
+    if taps and job != "weight":
+        return replace(tile, windows=64)
     pixels = 2 if job == "input" and tile.inputs == tile.outputs == 16 else tile.pixels
     return replace(tile, windows=max(32, tile.windows // 2), pixels=pixels)
+
+
+def taps(inputs: int, outputs: int) -> Tile:
+    """Tap by tap; up to 32 channels each pixel is read once, for all four places of a window."""
+    cin, cout = padded(inputs, 16), padded(outputs, 16)
+    return Tile("taps", cin, cout, 64, 16, 4) if cin * cout <= 1024 else Tile("taps", cin, cout, 64, 1, 8)
 
 
 def forward_tile(inputs: int, outputs: int) -> Tile:
     """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; many are multiplied tap by tap."""
     if inputs > 16:
-        cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
+        return taps(inputs, outputs)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
     light = cout <= 16 and cin <= 8 and cin != 4
     return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
@@ -123,24 +134,34 @@ def forward_tile(inputs: int, outputs: int) -> Tile:
 def input_tile(inputs: int, outputs: int) -> Tile:
     """The conv of the gradient: outputs and inputs change places."""
     if outputs > 16:
-        cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 128 if cin * cout <= 1024 else 64, 1, 8)
+        return taps(inputs, outputs)
     cin, cout = padded(inputs, 4), padded(outputs, 4)
     return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
 
 
 def weight_tile(inputs: int, outputs: int) -> Tile:
-    """The accumulators are the weight's gradient itself, in registers throughout."""
+    """The accumulators are the weight's gradient itself, in registers throughout; of many channels a third of it."""
     if inputs > 16:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
-        return Tile("taps", cin, cout, 64 if cin * cout <= 1024 else 32, 1, 8)
+        return Tile("window", cin, cout, 64, 4, 8) if cin * cout <= 1024 else Tile("taps", cin, cout, 32, 16, 4)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
     pixels = 16 if 64 * cin * cout <= (16384 if cout <= 16 else 8192) else 4
     return Tile("window", cin, cout, 64, pixels, 4 if cin * cout <= 64 else 8)
 
 
+def reciprocal(divisor: int) -> tuple[int, int, int]:
+    """(d, f, s) with n // d == n * f >> s for 0 <= n < 2^31; f is below 2^32."""
+    shift = 31 + (divisor - 1).bit_length()
+    return divisor, -(-(1 << shift) // divisor), shift
+
+
 def share_out(total: int, windows: int, episodes: int, programs: int) -> tuple[int, int]:
     """(programs of an episode, tiles of each) for `total` windows, about `programs` in all, every one with work."""
     tiles = -(-total // windows)
-    each = max(1, -(-tiles * episodes // programs))
+    each = max(1, -(-tiles * episodes // programs), -(-tiles // MOST_PARTS))
     return -(-tiles // each), each
+
+
+def weight_programs(tile: Tile, chunks: int, size: int) -> int:
+    """How many programs share a weight's gradient, each of which leaves `size` float32 values in `chunks`."""
+    return min(PROGRAMS, max(WARPS // (tile.warps * chunks), FEW_BYTES // (4 * size)))

@@ -45,8 +45,8 @@ def complaint(x: Tensor, weights: Sequence[Tensor]) -> str:
             return f"weight {number} is {weight.dtype} on {weight.device}; wanted half or float32 on {x.device}"
         if min(height, width) < 2:
             return f"block {number} gets images of {height} x {width}; wanted 2 x 2 at least"
-        if images * ((height + 1) // 2) * ((width + 1) // 2) >= 2**31:
-            return f"an episode has {images} images; wanted fewer than 2^31 pooling windows: take fewer images"
+        if images * ((height + 1) // 2) * ((width + 1) // 2) > 2**31 - 1024:  # a tile more can be counted
+            return f"an episode has {images} images; wanted 2^31 - 1024 pooling windows at most: take fewer images"
         height, width, channels = height // 2, width // 2, weight.shape[-1]
     return ""
 
@@ -66,16 +66,10 @@ def default_precision() -> str:
 
 
 def conv_stack(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-    statistics: Sequence[Statistics] | None,
-    slope: float,
-    eps: float,
+    x: Tensor, weights: Sequence[Tensor], gammas: Sequence[Tensor], betas: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None, statistics: Sequence[Statistics] | None, slope: float, eps: float,
     precision: str = "",
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, list[Statistics]]:  # fmt: skip
     """Blocks one after the other, the norm of each applied while the next reads it; see `mini_ht.kernels.conv_stack`.
 
     precision: of float32 products, "tf32", "ieee" or "bf16x3" (three bfloat16 products, near float32); "" asks torch.
@@ -110,21 +104,11 @@ OPTIONS = "float slope, float eps, str precision"
 
 
 @torch.library.custom_op("mini_ht::conv_stack", mutates_args=(), schema=f"({STACK}, {OPTIONS}) -> Tensor[]")
-def stack_op(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    biases: list[Tensor],
-    statistics: list[Tensor],
-    slope: float,
-    eps: float,
-    precision: str,
-) -> list[Tensor]:
-    """y, then for each block: means and variances unless given, scales, shifts, pooled values, codes."""
+def stack_op(x, weights, gammas, betas, biases, statistics, slope, eps, precision):
+    """y, then for each block: means and variances unless given, pooled values, codes."""
     options = slope, eps, precision or default_precision()  # asked here, where torch.compile does not trace
     y, blocks = launch.forward(x, weights, gammas, betas, biases, statistics, *options)
-    names = ("scale", "shift", "p", "code") if statistics else ("mean", "variance", "scale", "shift", "p", "code")
+    names = ("p", "code") if statistics else ("mean", "variance", "p", "code")
     return [y, *(getattr(block, name) for name in names for block in blocks)]
 
 
@@ -135,51 +119,33 @@ def _(x, weights, gammas, betas, biases, statistics, slope, eps, precision):
     for weight in weights:
         height, width = height // 2, width // 2
         pooled.append(x.new_empty(episodes, images, height, width, weight.shape[-1]))
-    vectors = 2 if statistics else 4
+    vectors = 0 if statistics else 2
     small = [x.new_empty(episodes, p.shape[-1], dtype=torch.float32) for _ in range(vectors) for p in pooled]
     codes = [torch.empty_like(p, dtype=torch.int8) for p in pooled]
     return [torch.empty_like(pooled[-1]), *small, *pooled, *codes]
 
 
-SAVED = "Tensor[] scales, Tensor[] shifts, Tensor[] pooled, Tensor[] codes"
-BACK = f"Tensor g, Tensor[] g_statistics, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] biases, {SAVED}"
+BACK = "Tensor g, Tensor[] g_statistics, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] biases"
+SAVED = "Tensor[] means, Tensor[] variances, Tensor[] pooled, Tensor[] codes"
 
 
 @torch.library.custom_op(
     "mini_ht::conv_stack_backward",
     mutates_args=(),
-    schema=f"({BACK}, Tensor[] means, Tensor[] variances, bool own, bool wants_x, {OPTIONS}) -> Tensor[]",
+    schema=f"({BACK}, {SAVED}, bool own, bool wants_x, {OPTIONS}) -> Tensor[]",
 )
 def stack_backward_op(
-    g: Tensor,
-    g_statistics: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    biases: list[Tensor],
-    scales: list[Tensor],
-    shifts: list[Tensor],
-    pooled: list[Tensor],
-    codes: list[Tensor],
-    means: list[Tensor],
-    variances: list[Tensor],
-    own: bool,
-    wants_x: bool,
-    slope: float,
-    eps: float,
-    precision: str,
-) -> list[Tensor]:
+    g, g_statistics, x, weights, gammas, betas, biases, means, variances, pooled, codes, own, wants_x, *options
+):
     """Sums for gammas and betas [blocks, 2, C], dw, db if biased, d_statistics [E, 2, C] if given, dx if wanted."""
-    columns = zip(means, variances, scales, shifts, pooled, codes, strict=True)
-    blocks = [launch.Block(*parts) for parts in columns]
-    options = (slope, eps, precision or default_precision())
-    return Backward(g, g_statistics, x, weights, gammas, biases, blocks, own, options)(wants_x)
+    blocks = [launch.Block(*parts) for parts in zip(means, variances, pooled, codes, strict=True)]
+    slope, eps, precision = options
+    options = slope, eps, precision or default_precision()
+    return Backward(g, g_statistics, x, weights, gammas, betas, biases, blocks, own, options)(wants_x)
 
 
 @stack_backward_op.register_fake
-def _(
-    g, g_statistics, x, weights, gammas, biases, scales, shifts, pooled, codes, means, variances, own, wants_x, *options
-):
+def _(g, g_statistics, x, weights, gammas, betas, biases, means, variances, pooled, codes, own, wants_x, *options):
     widest = max(weight.shape[-1] for weight in weights)
     results = [x.new_empty(len(weights), 2, widest, dtype=torch.float32), *(torch.empty_like(w) for w in weights)]
     results += [torch.empty_like(bias) for bias in biases]
@@ -190,12 +156,12 @@ def _(
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep what the backward pass reads: arguments, pooled values, codes, and the small vectors."""
-    x, weights, gammas, _, biases, statistics, *ctx.options = inputs
+    x, weights, gammas, betas, biases, statistics, *ctx.options = inputs
     count = len(weights)
     ctx.set_materialize_grads(False)
     ctx.count, ctx.own, ctx.biased = count, not statistics, bool(biases)
     vectors = [*statistics, *output[1:]]
-    ctx.save_for_backward(x, *weights, *gammas, *biases, *vectors)
+    ctx.save_for_backward(x, *weights, *gammas, *betas, *biases, *vectors)
 
 
 def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -203,9 +169,9 @@ def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count, own = ctx.count, ctx.own
     x, *rest = ctx.saved_tensors
     parts = [rest[at : at + count] for at in range(0, len(rest), count)]
-    weights, gammas, *parts = parts
+    weights, gammas, betas, *parts = parts
     biases = parts.pop(0) if ctx.biased else []
-    means, variances, scales, shifts, pooled, codes = parts
+    means, variances, pooled, codes = parts
     g = torch.zeros_like(pooled[-1]) if grads[0] is None else grads[0]
     used = grads[1 : 1 + 2 * count] if own else []
     g_statistics: list[Tensor] = []
@@ -214,8 +180,8 @@ def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         g_statistics = [torch.zeros_like(v) if part is None else part for part, v in zip(used, vectors, strict=True)]
     wants_x = ctx.needs_input_grad[0]
     sums, *results = torch.ops.mini_ht.conv_stack_backward(
-        g.contiguous(), [part.contiguous() for part in g_statistics], x, weights, gammas, biases, scales, shifts,
-        pooled, codes, means, variances, own, wants_x, *ctx.options,
+        g.contiguous(), [part.contiguous() for part in g_statistics], x, weights, gammas, betas, biases, means,
+        variances, pooled, codes, own, wants_x, *ctx.options,
     )  # fmt: skip
     d_weights, results = results[:count], results[count:]
     d_biases, results = (results[:count], results[count:]) if biases else ([], results)

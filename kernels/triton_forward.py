@@ -1,25 +1,26 @@
-"""Triton, forward: conv, bias, activation and pool in one kernel; merging its statistics; the last norm.
+"""Triton, forward: the norm of the block before, conv, bias, activation and pool in one kernel; the last norm.
 
 A program takes `tiles` tiles of BM pooling windows of one episode and leaves their pooled values, an int8 code for each
-(place of the first maximum, plus 4 if it is positive), and mean and summed squared deviation of all its values.
+(place of the first maximum, plus 4 if it is positive), and mean and summed squared deviation of all its values. The
+kernel that reads the values merges these statistics before it does, in each of its programs.
 """
 
 import triton
 import triton.language as tl
 
-from mini_ht.kernels.triton_parts import multiply, patch, pooled_offset, tap_weight, tile_windows, window_weight
+from mini_ht.kernels import triton_parts as parts
 
 
 @triton.jit
 def finish_tile(
-    best, place, exists, offset, bias_ptr, p_ptr, code_ptr, mean, m2, before, slope,
-    CO: tl.constexpr, COP: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
+    best, place, exists, offset, o, bias_ptr, p_ptr, code_ptr, count, mean, m2, slope,
+    CO: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Bias and activation of the maxima, which are stored; their statistics join those of the `before` values so far.
+    """Bias and activation of the maxima, which are stored and join the statistics of their tiles.
 
-    best, place [BM, COP]; mean, m2 [COP].
+    best, place [BM, COP] of channels o. Statistics are kept by row of a tile, mean and m2 [BM, COP] and count [BM],
+    where there are registers for it, as nothing then passes between threads; else of all rows, [1, COP] and [1].
     """
-    o = tl.arange(0, COP)
     if BIAS:
         best += tl.load(bias_ptr + o, mask=o < CO, other=0.0).to(tl.float32)[None, :]
     code = tl.where(best > 0, place + 4, place)
@@ -29,146 +30,114 @@ def finish_tile(
     tl.store(p_ptr + offset[:, None] + o[None, :], p, mask=known)
     tl.store(code_ptr + offset[:, None] + o[None, :], code.to(tl.int8), mask=known)
     if OWN:
-        v = p.to(tl.float32)
-        count = tl.sum(exists.to(tl.float32), axis=0)
-        tile_mean = tl.sum(tl.where(known, v, 0.0), axis=0) / tl.maximum(count, 1.0)
-        deviation = tl.where(known, v - tile_mean[None, :], 0.0)
-        # Chan, Golub, LeVeque: two sets of values merged without a difference of large sums.
-        share = count / tl.maximum(before + count, 1.0)
-        gap = tile_mean - mean
-        m2 += tl.sum(deviation * deviation, axis=0) + gap * gap * before * share
+        value, deviation, new = p.to(tl.float32), tl.zeros(mean.shape, tl.float32), exists.to(tl.float32)
+        if mean.shape[0] == 1:
+            new = tl.sum(new, axis=0, keep_dims=True)
+            v, value = value, tl.sum(tl.where(known, value, 0.0), axis=0, keep_dims=True) / tl.maximum(new, 1.0)
+            deviation += tl.sum(tl.where(known, (v - value) * (v - value), 0.0), axis=0, keep_dims=True)
+        # Chan, Golub, LeVeque: sets of values merged without a difference of large sums.
+        share = (new / tl.maximum(count + new, 1.0))[:, None]
+        gap = value - mean
+        m2 += deviation + gap * gap * count[:, None] * share
         mean += gap * share
-    return mean, m2
+        count += new
+    return count, mean, m2
 
 
 @triton.jit
-def store_statistics(part_ptr, mean, m2, CO: tl.constexpr, COP: tl.constexpr):
-    """part[episode, program] = (mean, m2): [2, CO]."""
-    o = tl.arange(0, COP)
+def store_statistics(part_ptr, count, mean, m2, o, CO: tl.constexpr):
+    """part[episode, program] = mean and summed squared deviation of all its values: [2, CO]."""
+    total = tl.maximum(tl.sum(count, axis=0), 1.0)
+    everywhere = tl.sum(mean * count[:, None], axis=0) / total
+    gap = mean - everywhere[None, :]
+    deviation = tl.sum(m2 + gap * gap * count[:, None], axis=0)
     base = part_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * CO + o
-    tl.store(base, mean, mask=o < CO)
-    tl.store(base + CO, m2, mask=o < CO)
+    tl.store(base, everywhere, mask=o < CO)
+    tl.store(base + CO, deviation, mask=o < CO)
 
 
 @triton.jit
-def forward_window(
-    x_ptr, scale_ptr, shift_ptr, w_ptr, bias_ptr, p_ptr, code_ptr, part_ptr, N, H, W, tiles, slope,
+def forward(
+    x_ptr, before, programs, windows, w_ptr, bias_ptr, p_ptr, code_ptr, part_ptr,
+    N, H, W, image_of, row_of, tiles, slope, eps,
     CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr,
+    WINDOW: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """Few input channels: a row of the matrix product is a window's 4 x 4 pixels, its columns the four places."""
-    e = tl.program_id(1).to(tl.int64)
-    h, w = H // 2, W // 2
-    total = N * h * w
-    mean, m2 = tl.zeros((COP,), tl.float32), tl.zeros((COP,), tl.float32)
-    start = tl.program_id(0) * tiles
-    for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
-        image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        acc = tl.zeros((BM, 4 * COP), tl.float32)
-        for first in tl.static_range(0, 16, PIXELS):
-            a = patch(
-                x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, first, H, W,
-                CI, CIP, PIXELS, AFFINE, DT,
-            )  # fmt: skip
-            b = window_weight(w_ptr + e * 9 * CI * CO, first, CI, CO, CIP, COP, PIXELS, False, DT)
-            acc = multiply(a, b, acc, PRECISION)
-        four = tl.reshape(acc, (BM, 4, COP))
-        best = tl.max(four, axis=1)  # [BM, COP]
-        places = tl.arange(0, 4)[None, :, None]
-        place = tl.min(tl.where(four == best[:, None, :], places, 3), axis=1)  # [BM, COP], the first maximum
-        mean, m2 = finish_tile(
-            best, place, exists, pooled_offset(image, i, j, h, w, CO), bias_ptr + e * CO, p_ptr + e * total * CO,
-            code_ptr + e * total * CO, mean, m2, (tile - start) * BM * 1.0, slope, CO, COP, BIAS, OWN,
-        )  # fmt: skip
-    if OWN:
-        store_statistics(part_ptr, mean, m2, CO, COP)
+    """One block without its norm, and the norm of the block before (AFFINE) as it reads. Grid (programs, E).
 
-
-@triton.jit
-def forward_taps(
-    x_ptr, scale_ptr, shift_ptr, w_ptr, bias_ptr, p_ptr, code_ptr, part_ptr, N, H, W, tiles, slope,
-    CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr,
-):  # fmt: skip
-    """Many input channels: for each place of a window the nine taps, one product each, and the maximum so far."""
-    e = tl.program_id(1).to(tl.int64)
-    h, w = H // 2, W // 2
-    total = N * h * w
-    mean, m2 = tl.zeros((COP,), tl.float32), tl.zeros((COP,), tl.float32)
-    start = tl.program_id(0) * tiles
-    for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
-        image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        best, place = tl.full((BM, COP), float("-inf"), tl.float32), tl.zeros((BM, COP), tl.int32)
-        for k in range(4):
-            acc = tl.zeros((BM, COP), tl.float32)
-            for tap in range(9):
-                pixel = (k // 2 + tap // 3) * 4 + k % 2 + tap % 3
-                a = patch(
-                    x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, pixel,
-                    H, W, CI, CIP, PIXELS, AFFINE, DT,
-                )  # fmt: skip
-                b = tap_weight(w_ptr + e * 9 * CI * CO, tap, CI, CO, CIP, COP, False, DT)
-                acc = multiply(a, b, acc, PRECISION)
-            place = tl.where(acc > best, k, place)  # an equal one comes too late
-            best = tl.maximum(acc, best)
-        mean, m2 = finish_tile(
-            best, place, exists, pooled_offset(image, i, j, h, w, CO), bias_ptr + e * CO, p_ptr + e * total * CO,
-            code_ptr + e * total * CO, mean, m2, (tile - start) * BM * 1.0, slope, CO, COP, BIAS, OWN,
-        )  # fmt: skip
-    if OWN:
-        store_statistics(part_ptr, mean, m2, CO, COP)
-
-
-@triton.jit
-def merge_statistics(
-    part_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr, scale_ptr, shift_ptr, total, programs, windows, eps,
-    CO: tl.constexpr, COP: tl.constexpr, BS: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
-    """The programs' statistics, `windows` values each, merged in a fixed order; then the norm as scale and shift.
-
-    Grid (E,). Given statistics (not OWN) are read from mean and variance, own ones are written there.
+    Few input channels: a row of the matrix product is a window's 4 x 4 pixels, its columns the four places (WINDOW).
+    Many: one product a tap, each pixel read once for the four places (PIXELS 16) or for each anew (1).
     """
-    e = tl.program_id(0).to(tl.int64)
-    o = tl.arange(0, COP)
-    at, known = e * CO + o, o < CO
+    e = tl.program_id(1).to(tl.int64)
+    h, w = H // 2, W // 2
+    total = N * h * w
+    xe, we = x_ptr + e * N * H * W * CI, w_ptr + e * 9 * CI * CO
+    K: tl.constexpr = PIXELS * CIP if WINDOW else CIP
+    ROWS: tl.constexpr = BM if WINDOW or PIXELS == 16 else 1
+    k, o = tl.arange(0, K), tl.arange(0, COP)
+    weights = parts.kept_weights(we, CI, CO, CIP, COP, PIXELS, WINDOW, False, DT)
+    scale, shift = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
+    if AFFINE:
+        scale, shift = parts.norm_of(before, programs, windows, N * H * W, eps, k, k % CIP, CI, OWN)
+    scale, shift, k = scale[:, None], shift[:, None], k[:, None]  # [K, 1]
+    count = tl.zeros((ROWS,), tl.float32)
+    mean, m2 = parts.zeros(2, ROWS, COP)
+    start = tl.program_id(0) * tiles
+    for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
+        image, i, j, exists = parts.tile_windows(tile, total, image_of, row_of, BM, WIDE)
+        corner, seen = parts.view(image, i, j, exists, H, W)
+        corner, seen = corner[None, :], seen[None, :]
+        if WINDOW:
+            acc = tl.zeros((BM, 4 * COP), tl.float32)
+            for first in tl.static_range(0, 16, PIXELS):
+                a = parts.patch(xe, scale, shift, corner, seen, first, k, W, CI, CIP, AFFINE, DT)  # [K, BM]
+                acc = parts.multiply(tl.trans(a), weights[first // PIXELS], acc, PRECISION)
+            four = tl.reshape(acc, (BM, 4, COP))
+            best, places = tl.max(four, axis=1), tl.arange(0, 4)[None, :, None]
+            place = tl.min(tl.where(four == best[:, None, :], places, 3), axis=1)  # [BM, COP], the first maximum
+        elif PIXELS == 16:
+            each = parts.zeros(4, BM, COP)
+            for pixel in tl.static_range(16):
+                a = parts.patch(xe, scale, shift, corner, seen, pixel, k, W, CI, CIP, AFFINE, DT)  # [K, BM]
+                each = parts.spread(tl.trans(a), weights, each, pixel, PRECISION)
+            best, place = each[0], tl.zeros((BM, COP), tl.int32)
+            for number in tl.static_range(1, 4):
+                place = tl.where(each[number] > best, number, place)  # an equal one comes too late
+                best = tl.maximum(each[number], best)
+        else:
+            best, place = tl.full((BM, COP), float("-inf"), tl.float32), tl.zeros((BM, COP), tl.int32)
+            for number in range(4):
+                acc = tl.zeros((BM, COP), tl.float32)
+                for tap in range(9):
+                    pixel = (number % 2 + tap % 3) * 4 + number // 2 + tap // 3
+                    a = parts.patch(xe, scale, shift, corner, seen, pixel, k, W, CI, CIP, AFFINE, DT)  # [K, BM]
+                    b = parts.tap_weight(we, tap, CI, CO, CIP, COP, False, DT)
+                    acc = parts.multiply(tl.trans(a), b, acc, PRECISION)
+                place = tl.where(acc > best, number, place)
+                best = tl.maximum(acc, best)
+        offset = ((image * h + i) * w + j) * CO
+        count, mean, m2 = finish_tile(
+            best, place, exists, offset, o, bias_ptr + e * CO, p_ptr + e * total * CO,
+            code_ptr + e * total * CO, count, mean, m2, slope, CO, BIAS, OWN,
+        )  # fmt: skip
     if OWN:
-        mean, m2 = tl.zeros((COP,), tl.float32), tl.zeros((COP,), tl.float32)
-        for first in range(0, programs, BS):
-            s = first + tl.arange(0, BS)
-            count = tl.maximum(tl.minimum(windows, total - s * windows), 0).to(tl.float32)[:, None]  # [BS, 1]
-            base = part_ptr + (e * programs + s[:, None]) * 2 * CO + o[None, :]
-            inside = (s < programs)[:, None] & known[None, :]
-            count = tl.where(inside, count, 0.0)  # [BS, COP]
-            means = tl.load(base, mask=inside, other=0.0)
-            many = tl.maximum(tl.sum(count, axis=0), 1.0)
-            some = tl.sum(means * count, axis=0) / many
-            gap = means - some[None, :]
-            spread = tl.sum(tl.load(base + CO, mask=inside, other=0.0) + gap * gap * count, axis=0)
-            before = tl.minimum(first * 1.0 * windows, total * 1.0)
-            share = many / (before + many)
-            m2 += spread + (some - mean) * (some - mean) * before * share
-            mean += (some - mean) * share
-        variance = m2 / total
-        tl.store(mean_ptr + at, mean, mask=known)
-        tl.store(variance_ptr + at, variance, mask=known)
-    else:
-        mean = tl.load(mean_ptr + at, mask=known, other=0.0)
-        variance = tl.load(variance_ptr + at, mask=known, other=0.0)
-    scale = tl.load(gamma_ptr + o, mask=known, other=0.0) / tl.sqrt(variance + eps)
-    tl.store(scale_ptr + at, scale, mask=known)
-    tl.store(shift_ptr + at, tl.load(beta_ptr + o, mask=known, other=0.0) - mean * scale, mask=known)
+        store_statistics(part_ptr, count, mean, m2, o, CO)
 
 
 @triton.jit
-def apply_norm(p_ptr, scale_ptr, shift_ptr, y_ptr, count, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """y = p * scale + shift of the last block. Grid (tiles of an episode's `count` values, E)."""
+def apply_norm(
+    p_ptr, norm, programs, windows, y_ptr, total, eps,
+    C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y = p * scale + shift of the last block. Grid (tiles of BM of an episode's `total` windows, E)."""
     e = tl.program_id(1).to(tl.int64)
-    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c, m = tl.arange(0, CP), tl.arange(0, BM)
+    scale, shift = parts.norm_of(norm, programs, windows, total, eps, c, c, C, OWN)
     if WIDE:
-        q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c, known = q % C, q < count
-    p = tl.load(p_ptr + e * count + q, mask=known, other=0.0).to(tl.float32)
-    y = p * tl.load(scale_ptr + e * C + c) + tl.load(shift_ptr + e * C + c)
-    tl.store(y_ptr + e * count + q, y.to(y_ptr.dtype.element_ty), mask=known)
+        m = m.to(tl.int64)
+    m += tl.program_id(0) * BM
+    at = e * total * C + m[:, None] * C + c[None, :]
+    known = (m < total)[:, None] & (c < C)[None, :]
+    p = tl.load(p_ptr + at, mask=known, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (p * scale[None, :] + shift[None, :]).to(y_ptr.dtype.element_ty), mask=known)

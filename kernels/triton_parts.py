@@ -2,6 +2,7 @@
 
 Constants: CI, CO channels as in memory, CIP, COP the same padded to a power of two, BM windows of a tile,
 PIXELS how many of the 4 x 4 pixels that a window sees make one matrix product, DT the dtype that is multiplied.
+The 16 pixels are numbered column by column: neighbouring threads then read neighbouring windows.
 """
 
 import os
@@ -21,44 +22,107 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_windows(tile, total, rows, columns, BM: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr = 1):
-    """The BM windows of a tile, where an image has rows x columns of them, each EACH times.
-
-    Four of [BM * EACH]: image, row, column, whether there is such a window.
-    """
-    m = tl.arange(0, BM * EACH) // EACH
-    if WIDE:  # an episode has more values than 32 bits can count
-        m = m.to(tl.int64)
-    m += tile * BM
-    image = m // columns // rows
-    return image, m // columns % rows, m % columns, m < total
+def divide(n, factor, shift):
+    """n // d for 0 <= n < 2^31 by one product, which costs a tenth of a division; see `tiles.reciprocal`."""
+    return ((n.to(tl.uint32).to(tl.uint64) * factor.to(tl.uint32).to(tl.uint64)) >> shift).to(tl.int32)
 
 
 @triton.jit
-def normed(v, inside, scale_ptr, shift_ptr, c, known, AFFINE: tl.constexpr, DT: tl.constexpr):
-    """The norm of the block before, on load: v * scale + shift, but still zero outside of the image."""
-    if AFFINE:
-        scale = tl.load(scale_ptr + c, mask=known, other=0.0)
-        shift = tl.load(shift_ptr + c, mask=known, other=0.0)
-        v = tl.where(inside, v.to(tl.float32) * scale[None, :] + shift[None, :], 0.0)
-    return v.to(DT)
+def tile_windows(tile, total, image_of, row_of, BM: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr = 1):
+    """The BM windows of a tile, each EACH times; image_of, row_of: how many make an image or a row, as a `reciprocal`.
+
+    Four of [BM * EACH]: image, row, column, whether there is such a window.
+    """
+    m = tile * BM + tl.arange(0, BM * EACH) // EACH
+    image = divide(m, image_of[1], image_of[2])
+    rest = m - image * image_of[0]
+    row = divide(rest, row_of[1], row_of[2])
+    column = rest - row * row_of[0]
+    if WIDE:  # an episode has more values than 32 bits can count
+        image = image.to(tl.int64)
+    return image, row, column, m < total
+
+
+@triton.jit
+def view(image, i, j, exists, H, W):
+    """What windows see of an image: where pixel (2i - 1, 2j - 1) lies, and 16 bits, whether each of 4 x 4 is inside."""
+    rows = 6 + (i > 0).to(tl.int32) + (2 * i + 2 < H).to(tl.int32) * 8
+    columns = 0x0110 + (j > 0).to(tl.int32) + (2 * j + 2 < W).to(tl.int32) * 0x1000
+    return (image * H + 2 * i - 1) * W + 2 * j - 1, tl.where(exists, rows * columns, 0)
+
+
+@triton.jit
+def add_rows(part_ptr, rows, step, at, known, BS: tl.constexpr = 32):
+    """Sum over rows r of part[r * step + at], in a fixed order: [K], as `at` and `known`."""
+    total = tl.zeros(at.shape, tl.float32)
+    for first in range(0, rows, BS):
+        r = first + tl.arange(0, BS)
+        inside = (r < rows)[:, None] & known[None, :]
+        total += tl.sum(tl.load(part_ptr + r[:, None] * step + at[None, :], mask=inside, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def merge_statistics(part_ptr, programs, windows, total, c, known, C: tl.constexpr, BS: tl.constexpr = 32):
+    """Mean and variance of channels c [K] from what the programs of a block left, `windows` values each."""
+    mean, m2 = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
+    for first in range(0, programs, BS):
+        s = first + tl.arange(0, BS)
+        inside = (s < programs)[:, None] & known[None, :]
+        count = tl.maximum(tl.minimum(windows, total - s * windows), 0).to(tl.float32)[:, None]  # [BS, 1]
+        count = tl.where(inside, count, 0.0)  # [BS, K]
+        base = part_ptr + s[:, None] * (2 * C) + c[None, :]
+        means = tl.load(base, mask=inside, other=0.0)
+        deviations = tl.load(base + C, mask=inside, other=0.0)
+        many = tl.maximum(tl.sum(count, axis=0), 1.0)
+        some = tl.sum(means * count, axis=0) / many
+        gap = means - some[None, :]
+        before = tl.minimum(first * 1.0 * windows, total * 1.0)
+        share = many / (before + many)
+        m2 += tl.sum(deviations + gap * gap * count, axis=0) + (some - mean) * (some - mean) * before * share
+        mean += (some - mean) * share
+    return mean, m2 / total
+
+
+@triton.jit
+def norm_of(norm, programs, windows, total, eps, k, c, C: tl.constexpr, MERGE: tl.constexpr):
+    """A block's norm as scale and shift of channels c [K]; norm: its parts, gamma, beta, mean, variance.
+
+    MERGE: its statistics are merged from parts here, in every program alike, and the first of an episode keeps them,
+    one value for each k < C. Without it they are read.
+    """
+    part_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr = norm
+    e = tl.program_id(1).to(tl.int64)
+    known = c < C
+    if MERGE:
+        mean, variance = merge_statistics(part_ptr + e * programs * 2 * C, programs, windows, total, c, known, C)
+        if tl.program_id(0) == 0:
+            tl.store(mean_ptr + e * C + c, mean, mask=k < C)
+            tl.store(variance_ptr + e * C + c, variance, mask=k < C)
+    else:
+        mean = tl.load(mean_ptr + e * C + c, mask=known, other=0.0)
+        variance = tl.load(variance_ptr + e * C + c, mask=known, other=1.0)
+    scale = tl.load(gamma_ptr + c, mask=known, other=0.0) / tl.sqrt(variance + eps)
+    return scale, tl.load(beta_ptr + c, mask=known, other=0.0) - mean * scale
 
 
 @triton.jit
 def patch(
-    x_ptr, scale_ptr, shift_ptr, image, i, j, exists, first, H, W,
-    CI: tl.constexpr, CIP: tl.constexpr, PIXELS: tl.constexpr, AFFINE: tl.constexpr, DT: tl.constexpr,
+    x_ptr, scale, shift, corner, seen, first, k, W,
+    CI: tl.constexpr, CIP: tl.constexpr, AFFINE: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """Pixels first .. first + PIXELS - 1 of the 4 x 4 that each window sees, row by row: [BM, PIXELS * CIP]."""
-    k = tl.arange(0, PIXELS * CIP)
+    """Channels k % CIP of pixels first + k // CIP of those that windows see: [K, BM] or [BM, K], as k and corner stand.
+
+    AFFINE: the norm of the block before on load, v * scale + shift, but still zero outside of the image.
+    """
     pixel, c = first + k // CIP, k % CIP
-    row = (2 * i - 1)[:, None] + (pixel // 4)[None, :]
-    column = (2 * j - 1)[:, None] + (pixel % 4)[None, :]
-    inside = exists[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    inside = ((seen >> pixel) & 1) != 0
     if CI != CIP:
-        inside = inside & (c < CI)[None, :]
-    v = tl.load(x_ptr + ((image[:, None] * H + row) * W + column) * CI + c[None, :], mask=inside, other=0.0)
-    return normed(v, inside, scale_ptr, shift_ptr, c, c < CI, AFFINE, DT)
+        inside = inside & (c < CI)
+    v = tl.load(x_ptr + corner * CI + ((pixel % 4 * W + pixel // 4) * CI + c), mask=inside, other=0.0)
+    if AFFINE:
+        v = tl.where(inside, v.to(tl.float32) * scale + shift, 0.0)
+    return v.to(DT)
 
 
 @triton.jit
@@ -75,7 +139,7 @@ def window_weight(
     k = tl.arange(0, PIXELS * IN)[:, None]
     q = tl.arange(0, 4 * OUT)[None, :]
     pixel, place = FIRST + k // IN, q // OUT
-    y, x = pixel // 4 - place // 2, pixel % 4 - place % 2
+    y, x = pixel % 4 - place // 2, pixel // 4 - place % 2
     if FLIPPED:
         offset = (((2 - y) * 3 + 2 - x) * CI + q % OUT) * CO + k % IN
         real = (q % OUT < CI) & (k % IN < CO)
@@ -100,20 +164,38 @@ def tap_weight(
 
 
 @triton.jit
-def pooled_offset(image, i, j, h, w, C: tl.constexpr):
-    """Where the C values of pooled window (image, i, j) start: [BM]."""
-    return ((image * h + i) * w + j) * C
+def kept_weights(
+    w_ptr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, PIXELS: tl.constexpr,
+    WINDOW: tl.constexpr, FLIPPED: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """What a program loads once for all of its tiles: a window's weights in 16 / PIXELS parts, nine taps or nothing."""
+    weights = ()
+    if WINDOW:
+        for first in tl.static_range(0, 16, PIXELS):
+            weights += (window_weight(w_ptr, first, CI, CO, CIP, COP, PIXELS, FLIPPED, DT),)
+    elif PIXELS == 16:
+        for tap in tl.static_range(9):
+            weights += (tap_weight(w_ptr, tap, CI, CO, CIP, COP, FLIPPED, DT),)
+    return weights
 
 
 @triton.jit
-def winner_gradient(g_ptr, p_ptr, code_ptr, offset, known, a, b, c, slope, OWN: tl.constexpr):
-    """The gradient in the largest conv output of each window, through norm and activation, and the place that won.
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """COUNT times float32 zeros [ROWS, COLUMNS]."""
+    made = ()
+    for _ in tl.static_range(COUNT):
+        made += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return made
 
-    offset, known and the results [BM, COP]; a, b, c broadcast to it. Through the norm it is a * g + b * p + c.
-    """
-    d = tl.load(g_ptr + offset, mask=known, other=0.0).to(tl.float32) * a
-    if OWN:  # given statistics do not depend on p
-        d += tl.load(p_ptr + offset, mask=known, other=0.0).to(tl.float32) * b + c
-    code = tl.load(code_ptr + offset, mask=known, other=0).to(tl.int32)
-    d = tl.where(code >= 4, d, d * slope)
-    return tl.where(known, d, 0.0), code % 4
+
+@triton.jit
+def spread(a, weights, four, pixel: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what one of the 16 pixels, a [BM, K], is worth in each of the four places that see it, by nine taps."""
+    more = ()
+    for place in tl.static_range(4):
+        total = four[place]
+        for tap in tl.static_range(9):
+            if pixel == (tap % 3 + place % 2) * 4 + tap // 3 + place // 2:
+                total = multiply(a, weights[tap], total, PRECISION)
+        more += (total,)
+    return more

@@ -1,4 +1,4 @@
-"""Triton, backward: the weight's gradient in parts, then one kernel that adds them up and prepares the block before.
+"""Triton, backward: gradients of norm and weights by program, and one kernel in the end that adds them up.
 
 Parts of programs are [E, programs, pixels or taps, ...]; nothing is added atomically.
 """
@@ -6,98 +6,142 @@ Parts of programs are [E, programs, pixels or taps, ...]; nothing is added atomi
 import triton
 import triton.language as tl
 
-from mini_ht.kernels.triton_parts import multiply, patch, pooled_offset, tile_windows, winner_gradient
+from mini_ht.kernels import triton_parts as parts
 
 
 @triton.jit
-def weight_window(
-    x_ptr, scale_ptr, shift_ptr, g_ptr, p_ptr, code_ptr, abc_ptr, dw_ptr, db_ptr, N, H, W, tiles, slope,
-    CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr,
+def norm_gradient(
+    norm, g_norm, programs, count, eps, stride,
+    C: tl.constexpr, CP: tl.constexpr, OWN: tl.constexpr, USED: tl.constexpr,
 ):  # fmt: skip
-    """Few channels: the transposed patch times the conv outputs' gradients of a window's four places.
+    """The factors a, b, c [CP] of a block's da = a * g + b * p + c, from its sums of g and g * n by program.
 
-    Grid (programs, E, 16 / PIXELS): parts [E, programs, 16, CIP, 4, COP].
+    The first program of an episode keeps its gradients of gamma and beta (totals [2, E, stride]), and if statistics
+    were given (not OWN) theirs [E, 2, C]. USED: those that were returned have gradients, too.
     """
-    s, e, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    h, w = H // 2, W // 2
-    total = N * h * w
-    out = e * total * CO
-    o = tl.arange(0, COP)
-    a = tl.load(abc_ptr + e * 3 * CO + o, mask=o < CO, other=0.0)[None, :]
-    b = tl.load(abc_ptr + (e * 3 + 1) * CO + o, mask=o < CO, other=0.0)[None, :]
-    c = tl.load(abc_ptr + (e * 3 + 2) * CO + o, mask=o < CO, other=0.0)[None, :]
-    places = tl.arange(0, 4)[None, :, None]
-    dw, db = tl.zeros((PIXELS * CIP, 4 * COP), tl.float32), tl.zeros((COP,), tl.float32)
-    start = s * tiles
-    for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
-        image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        offset = pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
-        known = exists[:, None] & (o < CO)[None, :]
-        d, place = winner_gradient(g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN)
-        dy = tl.where(place[:, None, :] == places, d[:, None, :], 0.0)  # [BM, 4, COP]
-        rows = patch(
-            x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI, image, i, j, exists, chunk * PIXELS,
-            H, W, CI, CIP, PIXELS, AFFINE, DT,
-        )  # fmt: skip
-        dw = multiply(tl.trans(rows), tl.reshape(dy, (BM, 4 * COP)).to(DT), dw, PRECISION)
-        if BIAS:
-            db += tl.sum(d, axis=0)
-    part = e * tl.num_programs(0) + s
-    k = chunk * PIXELS * CIP + tl.arange(0, PIXELS * CIP)
-    tl.store(dw_ptr + part * 64 * CIP * COP + k[:, None] * (4 * COP) + tl.arange(0, 4 * COP)[None, :], dw)
-    if BIAS:
-        if chunk == 0:
-            tl.store(db_ptr + part * CO + o, db, mask=o < CO)
+    _, gamma_ptr, _, mean_ptr, variance_ptr = norm
+    sums_ptr, g_mean_ptr, g_variance_ptr, totals_ptr, d_statistics_ptr = g_norm
+    e = tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, CP)
+    at, known = e * C + c, c < C
+    sum_g = parts.add_rows(sums_ptr + e * programs * 2 * C, programs, 2 * C, c, known)
+    sum_gn = parts.add_rows(sums_ptr + e * programs * 2 * C + C, programs, 2 * C, c, known)
+    r = 1.0 / tl.sqrt(tl.load(variance_ptr + at, mask=known, other=1.0) + eps)
+    a = tl.load(gamma_ptr + c, mask=known, other=0.0) * r
+    g_mean, g_variance = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
+    if USED:
+        g_mean = tl.load(g_mean_ptr + at, mask=known, other=0.0)
+        g_variance = tl.load(g_variance_ptr + at, mask=known, other=0.0)
+    b, c0 = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
+    if OWN:
+        b = (2 * g_variance - a * r * sum_gn) / count
+        c0 = (g_mean - a * sum_g) / count - b * tl.load(mean_ptr + at, mask=known, other=0.0)
+    if tl.program_id(0) + tl.program_id(2) == 0:
+        tl.store(totals_ptr + e * stride + c, sum_gn, mask=known)
+        tl.store(totals_ptr + (tl.num_programs(1) + e) * stride + c, sum_g, mask=known)
+        if not OWN:
+            tl.store(d_statistics_ptr + e * 2 * C + c, g_mean - a * sum_g, mask=known)
+            tl.store(d_statistics_ptr + (e * 2 + 1) * C + c, g_variance - a * r * sum_gn / 2, mask=known)
+    return a[None, :], b[None, :], c0[None, :]
 
 
 @triton.jit
-def weight_taps(
-    x_ptr, scale_ptr, shift_ptr, g_ptr, p_ptr, code_ptr, abc_ptr, dw_ptr, db_ptr, N, H, W, tiles, slope,
-    CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr,
-):  # fmt: skip
-    """Many channels: one row of taps a program; each place of a window has three pixels that it sees through them.
+def four_places(d, place, BM: tl.constexpr, COP: tl.constexpr, DT: tl.constexpr):
+    """d [BM, COP] at the place of four that won, 0 at the others: [BM, 4 * COP], a channel's places side by side."""
+    left = tl.join(tl.where(place == 0, d, 0.0), tl.where(place == 2, d, 0.0))
+    right = tl.join(tl.where(place == 1, d, 0.0), tl.where(place == 3, d, 0.0))
+    dy = tl.reshape(tl.join(left, right), (BM, 4 * COP))  # [BM, COP, 2, 2]
+    if DT == tl.float32:
+        dy += 0.0  # triton 3.9 cannot lay out what is multiplied straight behind a reshape
+    return dy.to(DT)
 
-    Grid (programs, E, 3): parts [E, programs, 9, CIP, COP].
+
+@triton.jit
+def collect(rows, dy, dw, pixel: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what one of 4 x 2 pixels, rows [CIP, BM], is worth for each of three taps with which a place sees it."""
+    more = ()
+    for tap in tl.static_range(3):
+        total = dw[tap]
+        for place in tl.static_range(4):
+            if pixel == (tap + place % 2) * 2 + place // 2:
+                total = parts.multiply(rows, dy[place], total, PRECISION)
+        more += (total,)
+    return more
+
+
+@triton.jit
+def weight_gradient(
+    x_ptr, before, g_ptr, p_ptr, code_ptr, norm, g_norm, programs, stride, dw_ptr, db_ptr, d_ptr,
+    N, H, W, image_of, row_of, tiles, slope, eps,
+    CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,
+    WINDOW: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, USED: tl.constexpr,
+    KEEP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """Shares of dw and db by program, and (KEEP) the gradient in the largest conv output of each window.
+
+    Up to 32 channels (WINDOW): the transposed patch times the gradients of a window's four places. Grid (programs, E,
+    16 / PIXELS), parts [E, programs, 16, CIP, COP, 4]. More: one product for each place and each tap of a row, a pixel
+    read once (PIXELS 16) or for each place anew (1). Grid (programs, E, 3), parts [E, programs, 9, CIP, COP].
     """
-    s, e, ky = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    s, e, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * (PIXELS if WINDOW else 1)
     h, w = H // 2, W // 2
     total = N * h * w
-    out = e * total * CO
-    o = tl.arange(0, COP)
-    a = tl.load(abc_ptr + e * 3 * CO + o, mask=o < CO, other=0.0)[None, :]
-    b = tl.load(abc_ptr + (e * 3 + 1) * CO + o, mask=o < CO, other=0.0)[None, :]
-    c = tl.load(abc_ptr + (e * 3 + 2) * CO + o, mask=o < CO, other=0.0)[None, :]
-    dw0, dw1 = tl.zeros((CIP, COP), tl.float32), tl.zeros((CIP, COP), tl.float32)
-    dw2, db = tl.zeros((CIP, COP), tl.float32), tl.zeros((COP,), tl.float32)
+    xe, out, part = x_ptr + e * N * H * W * CI, e * total * CO, e * tl.num_programs(0) + s
+    K: tl.constexpr = PIXELS * CIP if WINDOW else CIP
+    k, o = tl.arange(0, K)[:, None], tl.arange(0, COP)
+    a, b, c = norm_gradient(norm, g_norm, programs, total, eps, stride, CO, COP, OWN, USED)
+    scale, shift = tl.zeros((K, 1), tl.float32), tl.zeros((K, 1), tl.float32)
+    if AFFINE:
+        scale, shift = parts.norm_of(before, 0, 0, 0, eps, k, k % CIP, CI, False)
+    dw, db = parts.zeros(1 if WINDOW else 3, K, 4 * COP if WINDOW else COP), tl.zeros((COP,), tl.float32)
     start = s * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
-        image, i, j, exists = tile_windows(tile, total, h, w, BM, WIDE)
-        offset = pooled_offset(image, i, j, h, w, CO)[:, None] + o[None, :]
+        image, i, j, exists = parts.tile_windows(tile, total, image_of, row_of, BM, WIDE)
+        corner, seen = parts.view(image, i, j, exists, H, W)
+        corner, seen = corner[None, :], seen[None, :]
+        offset = out + (((image * h + i) * w + j) * CO)[:, None] + o[None, :]
         known = exists[:, None] & (o < CO)[None, :]
-        d, place = winner_gradient(g_ptr + out, p_ptr + out, code_ptr + out, offset, known, a, b, c, slope, OWN)
-        for k in range(4):
-            dy = tl.where(place == k, d, 0.0).to(DT)
-            pixel = (ky + k // 2) * 4 + k % 2
-            xb, scale, shift = x_ptr + e * N * H * W * CI, scale_ptr + e * CI, shift_ptr + e * CI
-            rows = patch(xb, scale, shift, image, i, j, exists, pixel, H, W, CI, CIP, PIXELS, AFFINE, DT)
-            dw0 = multiply(tl.trans(rows), dy, dw0, PRECISION)
-            rows = patch(xb, scale, shift, image, i, j, exists, pixel + 1, H, W, CI, CIP, PIXELS, AFFINE, DT)
-            dw1 = multiply(tl.trans(rows), dy, dw1, PRECISION)
-            rows = patch(xb, scale, shift, image, i, j, exists, pixel + 2, H, W, CI, CIP, PIXELS, AFFINE, DT)
-            dw2 = multiply(tl.trans(rows), dy, dw2, PRECISION)
+        d = tl.load(g_ptr + offset, mask=known, other=0.0).to(tl.float32) * a
+        if OWN:  # given statistics do not depend on p
+            d += tl.load(p_ptr + offset, mask=known, other=0.0).to(tl.float32) * b + c
+        code = tl.load(code_ptr + offset, mask=known, other=0).to(tl.int32)
+        d = tl.where(known, tl.where(code >= 4, d, d * slope), 0.0)  # [BM, COP], behind norm and activation
+        place = code % 4
+        if WINDOW:
+            rows = parts.patch(xe, scale, shift, corner, seen, first, k, W, CI, CIP, AFFINE, DT)
+            dw = (parts.multiply(rows, four_places(d, place, BM, COP, DT), dw[0], PRECISION),)
+        elif PIXELS == 16:
+            dy = ()
+            for number in tl.static_range(4):
+                dy += (tl.where(place == number, d, 0.0).to(DT),)
+            for pixel in tl.static_range(8):
+                at = pixel // 2 * 4 + first + pixel % 2
+                dw = collect(
+                    parts.patch(xe, scale, shift, corner, seen, at, k, W, CI, CIP, AFFINE, DT), dy, dw, pixel, PRECISION
+                )
+        else:
+            for number in range(4):
+                dy = tl.where(place == number, d, 0.0).to(DT)
+                more = ()
+                for tap in tl.static_range(3):
+                    at = (number % 2 + tap) * 4 + first + number // 2
+                    rows = parts.patch(xe, scale, shift, corner, seen, at, k, W, CI, CIP, AFFINE, DT)
+                    more += (parts.multiply(rows, dy, dw[tap], PRECISION),)
+                dw = more
+        if KEEP:
+            if first == 0:
+                tl.store(d_ptr + offset, d.to(DT), mask=known)
         if BIAS:
             db += tl.sum(d, axis=0)
-    part = e * tl.num_programs(0) + s
-    base = dw_ptr + (part * 9 + ky * 3) * CIP * COP + tl.arange(0, CIP)[:, None] * COP + o[None, :]
-    tl.store(base, dw0)
-    tl.store(base + CIP * COP, dw1)
-    tl.store(base + 2 * CIP * COP, dw2)
+    if WINDOW:
+        base = dw_ptr + (part * 16 + first) * CIP * 4 * COP
+        tl.store(base + k * (4 * COP) + tl.arange(0, 4 * COP)[None, :], dw[0])
+    else:
+        base = dw_ptr + (part * 9 + first * 3) * CIP * COP + k * COP + o[None, :]
+        for tap in tl.static_range(3):
+            tl.store(base + tap * CIP * COP, dw[tap])
     if BIAS:
-        if ky == 0:
+        if first == 0:
             tl.store(db_ptr + part * CO + o, db, mask=o < CO)
 
 
@@ -113,10 +157,10 @@ def add_parts(
     total = tl.zeros((CIP * COP,), tl.float32)
     for s in range(programs):
         if WINDOW:
-            base = part_ptr + (e * programs + s) * 64 * CIP * COP + o
+            base = part_ptr + (e * programs + s) * 64 * CIP * COP + 4 * o
             for place in tl.static_range(4):
-                pixel = (tap // 3 + place // 2) * 4 + tap % 3 + place % 2
-                total += tl.load(base + ((pixel * CIP + c) * 4 + place) * COP)
+                pixel = (tap % 3 + place % 2) * 4 + tap // 3 + place // 2
+                total += tl.load(base + (pixel * CIP + c) * 4 * COP + place)
         else:
             total += tl.load(part_ptr + ((e * programs + s) * 9 + tap) * CIP * COP + q)
     dw = total.to(dw_ptr.dtype.element_ty)
@@ -124,62 +168,29 @@ def add_parts(
 
 
 @triton.jit
-def add_rows(part_ptr, programs, at, step, known, BP: tl.constexpr):
-    """Sum over programs of part[s * step + at], in order: [BP]."""
-    total = tl.zeros((BP,), tl.float32)
-    for s in range(programs):
-        total += tl.load(part_ptr + s * step + at, mask=known, other=0.0)
-    return total
-
-
-@triton.jit
-def finish_block(
-    part_ptr, dw_ptr, programs, bias_part_ptr, db_ptr, sums_ptr, sums_programs, gamma_ptr, mean_ptr, variance_ptr,
-    g_mean_ptr, g_variance_ptr, abc_ptr, totals_ptr, d_statistics_ptr, count, eps, stride,
-    CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    WINDOW: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, SUMS: tl.constexpr, OWN: tl.constexpr,
-    USED: tl.constexpr,
+def add_up(
+    totals_ptr, sums_ptr, stride, dw_parts, d_weights, counts, db_parts, d_biases,
+    COUNT: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr,
+    WINDOW: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Two jobs that wait for the same kernels. Grid (10 or, without WEIGHTS, 1; E).
+    """All that only has to be added, for COUNT blocks at once, each with its own constants. Grid (10, E, COUNT).
 
-    WEIGHTS: dw [E, 9, CI, CO] and db [E, CO] of a block. SUMS: for the block before it with C channels, from its sums
-    of g and g * n: gradients of gamma and beta by episode (totals [2, E, stride]), the factors a, b, c of
-    da = a * g + b * p + c (abc [E, 3, C]), and if its statistics were given (not OWN) their gradients [E, 2, C].
-    USED: its returned statistics have gradients, too.
+    dw [E, 9, CI, CO] and db [E, CO] from parts of `counts` programs; sums [COUNT, 2, stride] of gamma and beta.
     """
-    e = tl.program_id(1).to(tl.int64)
-    job = tl.program_id(0)
-    if WEIGHTS:
-        if job < 9:
-            add_parts(part_ptr, dw_ptr, job, programs, CI, CO, CIP, COP, WINDOW)
-        elif BIAS:
-            o = tl.arange(0, COP)
-            db = add_rows(bias_part_ptr + e * programs * CO, programs, o, CO, o < CO, COP)
-            tl.store(db_ptr + e * CO + o, db, mask=o < CO)
-    if SUMS:
-        if job == tl.num_programs(0) - 1:
-            c = tl.arange(0, CP)
-            at, known = e * C + c, c < C
-            base = sums_ptr + e * sums_programs * 2 * C
-            sum_g = add_rows(base, sums_programs, c, 2 * C, known, CP)
-            sum_gn = add_rows(base, sums_programs, c + C, 2 * C, known, CP)
-            r = 1.0 / tl.sqrt(tl.load(variance_ptr + at, mask=known, other=1.0) + eps)
-            scale = tl.load(gamma_ptr + c, mask=known, other=0.0) * r
-            tl.store(totals_ptr + e * stride + c, sum_gn, mask=known)
-            tl.store(totals_ptr + (tl.num_programs(1) + e) * stride + c, sum_g, mask=known)
-            g_mean, g_variance = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
-            if USED:
-                g_mean = tl.load(g_mean_ptr + at, mask=known, other=0.0)
-                g_variance = tl.load(g_variance_ptr + at, mask=known, other=0.0)
-            b, c0 = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
-            if OWN:
-                mean = tl.load(mean_ptr + at, mask=known, other=0.0)
-                b = (2 * g_variance - scale * r * sum_gn) / count
-                c0 = (g_mean - scale * sum_g) / count - b * mean
+    job, e, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    for k in tl.static_range(COUNT):
+        if block == k:
+            if job < 9:
+                add_parts(dw_parts[k], d_weights[k], job, counts[k], CI[k], CO[k], CIP[k], COP[k], WINDOW[k])
             else:
-                tl.store(d_statistics_ptr + e * 2 * C + c, g_mean - scale * sum_g, mask=known)
-                tl.store(d_statistics_ptr + (e * 2 + 1) * C + c, g_variance - scale * r * sum_gn / 2, mask=known)
-            out = abc_ptr + e * 3 * C + c
-            tl.store(out, scale, mask=known)
-            tl.store(out + C, b, mask=known)
-            tl.store(out + 2 * C, c0, mask=known)
+                o = tl.arange(0, COP[k])
+                known = o < CO[k]
+                if BIAS:
+                    db = parts.add_rows(db_parts[k] + e * counts[k] * CO[k], counts[k], CO[k], o, known)
+                    tl.store(d_biases[k] + e * CO[k] + o, db, mask=known)
+                if e == 0:
+                    for part in tl.static_range(2):
+                        at = (k * 2 + part) * stride
+                        from_episodes = totals_ptr + at * tl.num_programs(1).to(tl.int64)
+                        total = parts.add_rows(from_episodes, tl.num_programs(1), stride, o, known)
+                        tl.store(sums_ptr + at + o, total, mask=known)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import TRITON_TOLERANCE, relative_error
 
@@ -17,9 +17,9 @@ from mini_ht.kernels import NORM_EPS, conv_stack
 if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
     pytest.skip("there is no triton for this system", allow_module_level=True)
 
-from mini_ht.kernels import alternatives, benchmark, compile_report, triton_conv, triton_launch
+from mini_ht.kernels import alternatives, benchmark, compile_report, triton_conv, triton_launch, triton_launch_backward
 from mini_ht.kernels.problems import Problem
-from mini_ht.kernels.tiles import LARGEST, choose
+from mini_ht.kernels.tiles import LARGEST, choose, reciprocal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = TRITON_TOLERANCE["float32" if DEVICE == "cpu" else "tf32"]
@@ -81,14 +81,25 @@ def test_torch_says_how_float32_is_multiplied(convs):
 
 
 def test_more_episodes_or_windows_than_a_launch_can_count():
-    """65,536 episodes, or 2^31 windows of an odd image rounded up, are left to torch with a reason."""
+    """65,536 episodes, or nearly 2^31 windows of an odd image rounded up, are left to torch with a reason."""
     weight = torch.zeros(1, 3, 3, 1, 4, device=DEVICE)
     many = torch.zeros(1, 1, 2, 2, 1, device=DEVICE).expand(2**16, 1, 2, 2, 1)
     assert "has 65536 episodes" in triton_conv.complaint(many, [weight])
     assert triton_conv.supports(many[:-1], [weight.expand(2**16 - 1, 3, 3, 1, 4)])
     large = torch.zeros(1, 1, 3, 3, 1, device=DEVICE).expand(1, 2**29, 3, 3, 1)
-    assert "fewer than 2^31 pooling windows" in triton_conv.complaint(large, [weight])
-    assert triton_conv.supports(large[:, 1:], [weight])
+    assert "wanted 2^31 - 1024 pooling windows" in triton_conv.complaint(large[:, 255:], [weight])
+    assert triton_conv.supports(large[:, 256:], [weight])
+
+
+@given(divisor=st.integers(1, 2**20), n=st.integers(0, 2**31 - 1), power=st.integers(0, 30))
+@example(divisor=1, n=2**31 - 1, power=30)
+def test_a_division_is_one_product(divisor, n, power):
+    """n // d == n * f >> s for every n below 2^31, in 64 bits; so next to multiples of d, and for powers of two."""
+    for d in (divisor, 2**power, max(1, 2**power - 1)):
+        same, factor, shift = reciprocal(d)
+        assert same == d and factor < 2**32
+        for m in (n, n // d * d, max(0, n // d * d - 1), 2**31 - 1):
+            assert m * factor < 2**63 and m * factor >> shift == m // d
 
 
 @given(
@@ -102,12 +113,35 @@ def test_products_are_long_enough(inputs, outputs, kind, hopper):
     for job in ("forward", "input", "weight"):
         tile = choose(job, inputs, outputs, *kind, hopper)
         channels = tile.outputs if job == "input" else tile.inputs
-        length = tile.windows if job == "weight" else tile.pixels * channels
+        length = tile.windows if job == "weight" else channels * (tile.pixels if tile.form == "window" else 1)
         assert length >= 16, (job, tile)
 
 
-def test_kernels_are_launched_as_they_are_reported():
-    """The options of a launch are those that the compile report compiles with: no default of triton decides."""
+def test_kernels_are_launched_as_they_are_reported(monkeypatch):
+    """The report compiles what a pass launches: the same kernels, constants and options, in the same order."""
+    launched = []
+
+    def run(kernel, grid, *arguments, **named):
+        launched.append((kernel, named))
+
+    for module in (triton_launch, triton_launch_backward):
+        monkeypatch.setattr(module, "run", run)
+    x, *parameters = Problem("net", 2, 80, 28, 1, 8).draw("cpu", torch.float32)
+    options = 0.0, NORM_EPS, "tf32"
+    y, blocks = triton_launch.forward(x, *parameters, [], [], *options)
+    triton_launch_backward.Backward(y, [], x, *parameters, [], blocks, True, options)(False)
+    reported = compile_report.launches(1, 8, "float32", "tf32", 90)
+    assert len(launched) == len(reported) == 14
+    for (kernel, named), entry in zip(launched, reported, strict=True):
+        options = triton_launch.compiler_options(named.pop("warps", 4), named.pop("stages", 1))
+        assert (kernel, named, options) == (entry.kernel, entry.constants, entry.options)
+    older = compile_report.launches(1, 32, "bfloat16", "tf32", 80)
+    assert [entry.options for entry in older] != [entry.options for entry in reported]
+    assert triton_launch.run is triton_launch_backward.run is run and triton_launch.hopper(torch.device("cpu"))
+
+
+def test_options_of_a_launch():
+    """No default of triton decides what a kernel is compiled with."""
     launched: dict[str, object] = {}
 
     class Kernel:
@@ -115,9 +149,19 @@ def test_kernels_are_launched_as_they_are_reported():
             return lambda *arguments, **options: launched.update(options)
 
     triton_launch.run(Kernel(), (1,), torch.zeros(1), warps=8)
-    entry = compile_report.Entry("apply_norm", 8, 8, "bfloat16", "tf32")
-    _, _, reported = compile_report.kernel_and_constants(entry, True)
-    assert launched.keys() == reported.keys() and launched["enable_fp_fusion"] is reported["enable_fp_fusion"] is True
+    assert launched == triton_launch.compiler_options(8, 1) and launched["enable_fp_fusion"] is True
+
+
+def test_instructions_of_a_tile():
+    """Those of the longest loop count, times warps, for each window; none are given where another loop is inside."""
+    before, body = "  /*0000*/  MOV R1, R2 ;", ["  /*0010*/  IADD R1 ;"] * 14
+    outer = [before, ".L_x_1:", *body, "  /*00f0*/  @P0 BRA `(.L_x_1) ;", before]
+    assert compile_report.each_window("\n".join(outer), 60, 4) == "1.0"
+    inner = [before, ".L_x_1:", before, ".L_x_2:", before, "  /*00f0*/  @!P1 BRA `(.L_x_2) ;", *outer[3:]]
+    assert compile_report.each_window("\n".join(inner), 60, 4) == ""
+    assert (
+        compile_report.each_window("\n".join(body), 60, 4) == compile_report.each_window("\n".join(outer), 0, 4) == ""
+    )
 
 
 def test_alternatives_are_compiled_for_every_problem(monkeypatch):

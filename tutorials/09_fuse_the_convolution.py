@@ -104,8 +104,9 @@ assert np.allclose(conv_block(x, weight, gamma, beta)[0], z)
 # :math:`y`; ReLU reads that and its own output and writes another. The conv reads it, and :math:`x`, for the gradient
 # of its weights. It reads it once more to write the gradient of its input, which nobody needs of the first images.
 #
-# The project's kernels read :math:`x` and write :math:`p` and one byte for the winner. That is all of forward. Each of
-# the two gradients reads the arriving one, :math:`p`, that byte and :math:`x`; that of the input is written.
+# The project's kernels read :math:`x` and write :math:`p` and one byte for the winner. That is all of forward. The
+# gradient of the weights reads the arriving one, :math:`p`, that byte and :math:`x`, and writes what is left of it
+# behind the norm, as large as :math:`p`. That of the input reads this, the byte and :math:`x`, and is written.
 
 
 def block_bytes(net: Problem, s: int) -> list[dict[str, float]]:
@@ -181,7 +182,7 @@ for device, bandwidth, speed in (("H100 SXM", 3.35e12, 989e12), ("H200", 4.8e12,
 
 # %%
 # The net waits for memory, even fused. So the prediction for a GPU is the ratio of bytes. A surprise would have a
-# meaning. Less: the kernels do not reach the bandwidth, or their 23 launches of some microseconds each show. More: the
+# meaning. Less: the kernels do not reach the bandwidth, or their 14 launches of some microseconds each show. More: the
 # grouped convolution itself is slow, as those with eight channels are known to be. And a compiler that joins ReLU and
 # pool moves less than our plain count: against it the gain is smaller.
 #
