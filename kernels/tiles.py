@@ -1,7 +1,7 @@
 """Which form, tile and number of warps a kernel gets: one table, by channels and bytes of a value.
 
-Chosen so that every entry compiles without spilling registers (`python -m mini_ht.kernels.compile_report`). A list in
-the file that MINI_HT_TILES names, made for one GPU by `python -m mini_ht.kernels.tune`, goes before the table.
+Chosen so that nets of one width compile without spilling registers (`python -m mini_ht.kernels.compile_report`). A list
+in the file that MINI_HT_TILES names, made for one GPU by `python -m mini_ht.kernels.tune`, goes before the table.
 """
 
 import functools
@@ -16,6 +16,7 @@ from mini_ht.errors import InputError
 LIST = "MINI_HT_TILES"
 
 LARGEST = 64  # channels
+KEPT = 256  # Cin * Cout of the largest window whose weights, 64 times as many, stay in shared memory: 64 KiB of float32
 # For a GPU of 132 multiprocessors: six programs of a launch for each, or eight warps where every program leaves much.
 PROGRAMS, WARPS = 6 * 132, 8 * 132
 MOST_PARTS, FEW_BYTES = 64, 2**22  # programs of an episode, as each reader adds up what they leave; what is not much
@@ -119,23 +120,23 @@ def for_float32(tile: Tile, precision: str, job: str) -> Tile:
 def taps(inputs: int, outputs: int) -> Tile:
     """Tap by tap; up to 32 channels each pixel is read once, for all four places of a window."""
     cin, cout = padded(inputs, 16), padded(outputs, 16)
-    return Tile("taps", cin, cout, 64, 16, 4) if cin * cout <= 1024 else Tile("taps", cin, cout, 64, 1, 8)
+    return Tile("taps", cin, cout, 64, 16, 4) if max(cin, cout) <= 32 else Tile("taps", cin, cout, 64, 1, 8)
 
 
 def forward_tile(inputs: int, outputs: int) -> Tile:
     """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; many are multiplied tap by tap."""
-    if inputs > 16:
-        return taps(inputs, outputs)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
+    if inputs > 16 or cin * cout > KEPT:
+        return taps(inputs, outputs)
     light = cout <= 16 and cin <= 8 and cin != 4
     return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
 
 
 def input_tile(inputs: int, outputs: int) -> Tile:
     """The conv of the gradient: outputs and inputs change places."""
-    if outputs > 16:
-        return taps(inputs, outputs)
     cin, cout = padded(inputs, 4), padded(outputs, 4)
+    if outputs > 16 or cin * cout > KEPT:
+        return taps(inputs, outputs)
     return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
 
 

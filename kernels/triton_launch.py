@@ -41,8 +41,8 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, sta
 
 
 def hopper(device: torch.device) -> bool:
-    """Whether tensor cores read their operands from shared memory, as of compute capability 9; so does no GPU."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether tensor cores read operands from shared memory: compute capability 9 and 10, not 12; and without a GPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def constants(tile: Tile, inputs: int, outputs: int, precision: str, x: Tensor, p: Tensor) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mini_ht.kernels.benchmark import KINDS, cuda_seconds, set_products, steps
 from mini_ht.kernels.problems import Problem, problems
 from mini_ht.kernels.tiles import LIST, Tile, candidates, choose, job_key, listed
 from mini_ht.kernels.triton_conv import default_precision
+from mini_ht.kernels.triton_launch import hopper
 
 GAIN = 0.98  # a candidate must take less than this share of the time of the best so far
 # Relative to the table's tiles: the order of sums may differ, the products may not.
@@ -51,13 +52,12 @@ def refine(
     seconds: how long forward and backward take, with the list in force.
     """
     kind, precision = str(dtype).removeprefix("torch."), default_precision()
-    hopper = device == "cpu" or torch.cuda.get_device_capability()[0] >= 9
     wanted = gradients(problem, dtype, device)
     for number, (_, inputs, outputs) in enumerate(problem.blocks[:2]):  # the later blocks have the second one's shape
         for job in ("forward", "weight", "input")[: 2 + number]:  # images want no gradient
             key = job_key(job, inputs, outputs, kind, precision)
             with in_force(tiles):
-                best, start = seconds(), choose(job, inputs, outputs, kind, precision, hopper)
+                best, start = seconds(), choose(job, inputs, outputs, kind, precision, hopper(torch.device(device)))
             for tile in candidates(start):
                 trial = tiles | {key: tile}
                 try:

@@ -155,6 +155,7 @@ def test_a_block_equals_the_contract(
         (2, 1, 6, 5, (64, 64), {}),
         (1, 2, 5, 6, (48, 4), {}),
         (1, 2, 4, 7, (4, 64), {"biased": True}),
+        (1, 3, 9, 8, (16, 64, 12), {}),
     ],
 )
 def test_a_stack_equals_the_contract(episodes, images, height, width, channels, options):

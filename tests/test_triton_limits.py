@@ -108,6 +108,21 @@ def test_a_division_is_one_product(divisor, n, power):
     kind=st.sampled_from([("float32", "ieee"), ("float32", "tf32"), ("float32", "bf16x3"), ("bfloat16", "tf32")]),
     hopper=st.booleans(),
 )
+def test_weights_that_are_kept_fit_beside_each_other(inputs, outputs, kind, hopper):
+    """What forward and input gradient hold in shared memory over all tiles is 64 KiB at most, of any channels."""
+    for job in ("forward", "input"):
+        tile = choose(job, inputs, outputs, *kind, hopper)
+        count = 64 if tile.form == "window" else 9 if tile.pixels == 16 else 1
+        size = 4 if kind[0] == "float32" else 2
+        assert count * tile.inputs * tile.outputs * size <= 2**16, (job, tile)
+
+
+@given(
+    inputs=st.integers(1, LARGEST),
+    outputs=st.integers(1, LARGEST),
+    kind=st.sampled_from([("float32", "ieee"), ("float32", "tf32"), ("float32", "bf16x3"), ("bfloat16", "tf32")]),
+    hopper=st.booleans(),
+)
 def test_products_are_long_enough(inputs, outputs, kind, hopper):
     """Every product sums over 16 values at least, as triton 3.6 wants it."""
     for job in ("forward", "input", "weight"):
