@@ -19,7 +19,7 @@ from typing import Any
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 NETS = tuple((images, width) for images in (1, 3) for width in (8, 16, 32, 64))
 KINDS = (("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "bf16x3"), ("float32", "ieee"), ("float16", "tf32"))
-QUICK = {"bfloat16": ("1->8", "8->8", "16->16", "3->32", "32->32", "64->64"), "float32": ("1->8", "8->8", "32->32")}
+QUICK = {"1->8", "8->8", "16->16", "3->32", "32->32", "64->64"}
 SHORT = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16", "torch.int8": "i8"}
 
 
@@ -44,7 +44,7 @@ def launches(images: int, width: int, dtype: str, precision: str, capability: in
     """What forward and backward of a four-block net would launch on a GPU of a capability; tensors have no values."""
     import torch
 
-    from mini_ht.kernels import triton_launch, triton_launch_backward
+    from mini_ht.kernels import NORM_EPS, triton_launch, triton_launch_backward
 
     found: list[Entry] = []
 
@@ -62,7 +62,7 @@ def launches(images: int, width: int, dtype: str, precision: str, capability: in
     triton_launch.run = triton_launch_backward.run = record
     triton_launch.hopper = lambda device: capability >= 90
     try:
-        options = (0.0, 1e-3, precision)
+        options = (0.0, NORM_EPS, precision)
         y, blocks = triton_launch.forward(x, weights, small, small, [], [], *options)
         triton_launch_backward.Backward(y, [], x, weights, small, small, [], blocks, True, options)(False)
     finally:
@@ -78,7 +78,7 @@ def shipped(quick: bool, capability: int) -> Iterator[Entry]:
         for images, width in NETS:
             for entry in launches(images, width, dtype, precision, capability):
                 small = "DT" not in entry.constants and (dtype != "bfloat16" or (quick and width > 8))
-                if entry.label not in seen and not small and (not quick or entry.channels in QUICK[dtype]):
+                if entry.label not in seen and not small and (not quick or entry.channels in QUICK):
                     seen.add(entry.label)
                     yield entry
 

@@ -117,7 +117,7 @@ def for_float32(tile: Tile, precision: str, job: str) -> Tile:
     return replace(tile, windows=max(32, tile.windows // 2), pixels=pixels)
 
 
-def taps(inputs: int, outputs: int) -> Tile:
+def taps_tile(inputs: int, outputs: int) -> Tile:
     """Tap by tap; up to 32 channels each pixel is read once, for all four places of a window."""
     cin, cout = padded(inputs, 16), padded(outputs, 16)
     return Tile("taps", cin, cout, 64, 16, 4) if max(cin, cout) <= 32 else Tile("taps", cin, cout, 64, 1, 8)
@@ -127,7 +127,7 @@ def forward_tile(inputs: int, outputs: int) -> Tile:
     """Few input channels make a window's 4 x 4 pixels one row of 16 * Cin; many are multiplied tap by tap."""
     cin, cout = padded(inputs, 1), padded(outputs, 4)
     if inputs > 16 or cin * cout > KEPT:
-        return taps(inputs, outputs)
+        return taps_tile(inputs, outputs)
     light = cout <= 16 and cin <= 8 and cin != 4
     return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
 
@@ -136,7 +136,7 @@ def input_tile(inputs: int, outputs: int) -> Tile:
     """The conv of the gradient: outputs and inputs change places."""
     cin, cout = padded(inputs, 4), padded(outputs, 4)
     if outputs > 16 or cin * cout > KEPT:
-        return taps(inputs, outputs)
+        return taps_tile(inputs, outputs)
     return Tile("window", cin, cout, 64, 4, 4 if cin * cout <= 64 else 8)
 
 

@@ -23,7 +23,7 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def divide(n, factor, shift):
-    """n // d for 0 <= n < 2^31 by one product, which costs a tenth of a division; see `tiles.reciprocal`."""
+    """n // d for 0 <= n < 2^31 by one product; see `tiles.reciprocal`."""
     return ((n.to(tl.uint32).to(tl.uint64) * factor.to(tl.uint32).to(tl.uint64)) >> shift).to(tl.int32)
 
 

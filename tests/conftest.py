@@ -36,7 +36,8 @@ settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True
 settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
-LONG = {f"test_{name}" for name in ("distributed", "kill", "limits", "results", "training", "triton", "tune")}
+LONGEST = "compile_report", "distributed", "kill", "limits", "results", "training", "triton", "tune"
+LONG = {f"test_{name}" for name in LONGEST}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from mini_ht.kernels import NORM_EPS, conv_stack
 if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
     pytest.skip("there is no triton for this system", allow_module_level=True)
 
-from mini_ht.kernels import alternatives, benchmark, compile_report, triton_conv, triton_launch, triton_launch_backward
+from mini_ht.kernels import alternatives, benchmark, triton_conv, triton_launch
 from mini_ht.kernels.problems import Problem
 from mini_ht.kernels.tiles import LARGEST, choose, reciprocal
 
@@ -102,12 +102,15 @@ def test_a_division_is_one_product(divisor, n, power):
             assert m * factor < 2**63 and m * factor >> shift == m // d
 
 
-@given(
+of_any_channels = given(
     inputs=st.integers(1, LARGEST),
     outputs=st.integers(1, LARGEST),
     kind=st.sampled_from([("float32", "ieee"), ("float32", "tf32"), ("float32", "bf16x3"), ("bfloat16", "tf32")]),
     hopper=st.booleans(),
 )
+
+
+@of_any_channels
 def test_weights_that_are_kept_fit_beside_each_other(inputs, outputs, kind, hopper):
     """What forward and input gradient hold in shared memory over all tiles is 64 KiB at most, of any channels."""
     for job in ("forward", "input"):
@@ -117,12 +120,7 @@ def test_weights_that_are_kept_fit_beside_each_other(inputs, outputs, kind, hopp
         assert count * tile.inputs * tile.outputs * size <= 2**16, (job, tile)
 
 
-@given(
-    inputs=st.integers(1, LARGEST),
-    outputs=st.integers(1, LARGEST),
-    kind=st.sampled_from([("float32", "ieee"), ("float32", "tf32"), ("float32", "bf16x3"), ("bfloat16", "tf32")]),
-    hopper=st.booleans(),
-)
+@of_any_channels
 def test_products_are_long_enough(inputs, outputs, kind, hopper):
     """Every product sums over 16 values at least, as triton 3.6 wants it."""
     for job in ("forward", "input", "weight"):
@@ -130,29 +128,6 @@ def test_products_are_long_enough(inputs, outputs, kind, hopper):
         channels = tile.outputs if job == "input" else tile.inputs
         length = tile.windows if job == "weight" else channels * (tile.pixels if tile.form == "window" else 1)
         assert length >= 16, (job, tile)
-
-
-def test_kernels_are_launched_as_they_are_reported(monkeypatch):
-    """The report compiles what a pass launches: the same kernels, constants and options, in the same order."""
-    launched = []
-
-    def run(kernel, grid, *arguments, **named):
-        launched.append((kernel, named))
-
-    for module in (triton_launch, triton_launch_backward):
-        monkeypatch.setattr(module, "run", run)
-    x, *parameters = Problem("net", 2, 80, 28, 1, 8).draw("cpu", torch.float32)
-    options = 0.0, NORM_EPS, "tf32"
-    y, blocks = triton_launch.forward(x, *parameters, [], [], *options)
-    triton_launch_backward.Backward(y, [], x, *parameters, [], blocks, True, options)(False)
-    reported = compile_report.launches(1, 8, "float32", "tf32", 90)
-    assert len(launched) == len(reported) == 14
-    for (kernel, named), entry in zip(launched, reported, strict=True):
-        options = triton_launch.compiler_options(named.pop("warps", 4), named.pop("stages", 1))
-        assert (kernel, named, options) == (entry.kernel, entry.constants, entry.options)
-    older = compile_report.launches(1, 32, "bfloat16", "tf32", 80)
-    assert [entry.options for entry in older] != [entry.options for entry in reported]
-    assert triton_launch.run is triton_launch_backward.run is run and triton_launch.hopper(torch.device("cpu"))
 
 
 def test_options_of_a_launch():
@@ -165,18 +140,6 @@ def test_options_of_a_launch():
 
     triton_launch.run(Kernel(), (1,), torch.zeros(1), warps=8)
     assert launched == triton_launch.compiler_options(8, 1) and launched["enable_fp_fusion"] is True
-
-
-def test_instructions_of_a_tile():
-    """Those of the longest loop count, times warps, for each window; none are given where another loop is inside."""
-    before, body = "  /*0000*/  MOV R1, R2 ;", ["  /*0010*/  IADD R1 ;"] * 14
-    outer = [before, ".L_x_1:", *body, "  /*00f0*/  @P0 BRA `(.L_x_1) ;", before]
-    assert compile_report.each_window("\n".join(outer), 60, 4) == "1.0"
-    inner = [before, ".L_x_1:", before, ".L_x_2:", before, "  /*00f0*/  @!P1 BRA `(.L_x_2) ;", *outer[3:]]
-    assert compile_report.each_window("\n".join(inner), 60, 4) == ""
-    assert (
-        compile_report.each_window("\n".join(body), 60, 4) == compile_report.each_window("\n".join(outer), 0, 4) == ""
-    )
 
 
 def test_alternatives_are_compiled_for_every_problem(monkeypatch):

@@ -75,7 +75,11 @@ def test_the_search_takes_what_is_faster_and_right(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "channels", "kind"), [(32, 32, "float16"), (16, 16, "float16"), (3, 32, "float32"), (32, 32, "float32")]
+    ("inputs", "channels", "kind"),
+    [
+        *((3, 8, "float16"), (16, 16, "float16"), (32, 32, "float16")),
+        *((3, 32, "float32"), (16, 16, "float32"), (32, 32, "float32")),
+    ],
 )
 def test_tiles_of_older_gpus_give_the_same_numbers(inputs, channels, kind):
     """What is taken before compute capability 9 computes what the other tiles compute."""
