@@ -186,24 +186,21 @@ def cpu_rows(problem: Problem, budget: float) -> list[dict[str, Any]]:
     wanted, _ = conv_stack(images.astype(np.float64), *([p.astype(np.float64) for p in parts] for parts in parameters))
     g = np.ones_like(wanted, dtype=np.float32)
 
-    def numpy_both() -> Any:
-        return reference_backward.stack_backward(
-            images, weights, gammas, betas, None, None, 0.0, np.float32(NORM_EPS), g
-        )
-
-    rows = []
+    options = None, None, 0.0, np.float32(NORM_EPS), g
+    passes: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, net in ({"torch path": alternatives.torch_path} | alternatives.alternatives(False)).items():
         error = float(np.abs(net(*arguments).detach().double().numpy() - wanted).max() / np.abs(wanted).max())
         if not error <= 1e-3:
             raise SystemExit(f"not timed, because wrong: {name}: relative error {error:.1e}")
+        passes[name] = steps(net, arguments)
+    passes["numpy"] = {
+        "forward": lambda: conv_stack(images, weights, gammas, betas),
+        "both": lambda: reference_backward.stack_backward(images, weights, gammas, betas, *options),
+    }
+    rows = []
+    for name, calls in passes.items():
         row: dict[str, Any] = {"problem": problem.name, "channels": problem.channels, "kind": "cpu fp32", "net": name}
-        for part, step in steps(net, arguments).items():
-            row[f"{part}_us"] = round(1e6 * cpu_seconds(step, budget), 1)
-        rows.append(row)
-    row = {"problem": problem.name, "channels": problem.channels, "kind": "cpu fp32", "net": "numpy"}
-    row["forward_us"] = round(1e6 * cpu_seconds(lambda: conv_stack(images, weights, gammas, betas), budget), 1)
-    row["both_us"] = round(1e6 * cpu_seconds(numpy_both, budget), 1)
-    rows.append(row)
+        rows.append(row | {f"{part}_us": round(1e6 * cpu_seconds(step, budget), 1) for part, step in calls.items()})
     add_ratios(rows, "torch path")
     return rows
 

@@ -74,17 +74,9 @@ def conv_max_pool(x: Array, weight: Array, bias: Array, impl: str = "auto", *, b
 
 
 def conv_block(
-    x: Array,
-    weight: Array,
-    gamma: Array,
-    beta: Array,
-    *,
-    bias: Array | None = None,
-    statistics: Statistics | None = None,
-    mask: Array | None = None,
-    slope: float = 0.0,
-    impl: str = "auto",
-) -> tuple[Array, Statistics]:
+    x: Array, weight: Array, gamma: Array, beta: Array, *, bias: Array | None = None,
+    statistics: Statistics | None = None, mask: Array | None = None, slope: float = 0.0, impl: str = "auto",
+) -> tuple[Array, Statistics]:  # fmt: skip
     """conv 3x3 'same' -> (leaky) ReLU -> 2x2 max-pool (valid) -> batch norm, with other weights for every episode.
 
     Args:
@@ -106,19 +98,13 @@ def conv_block(
 
 
 def conv_stack(
-    x: Array,
-    weights: Sequence[Array],
-    gammas: Sequence[Array],
-    betas: Sequence[Array],
-    biases: Sequence[Array | None] | None = None,
-    statistics: Sequence[Statistics] | None = None,
-    mask: Array | None = None,
-    slope: float = 0.0,
-    impl: str = "auto",
-) -> tuple[Array, list[Statistics]]:
+    x: Array, weights: Sequence[Array], gammas: Sequence[Array], betas: Sequence[Array],
+    biases: Sequence[Array | None] | None = None, statistics: Sequence[Statistics] | None = None,
+    mask: Array | None = None, slope: float = 0.0, impl: str = "auto",
+) -> tuple[Array, list[Statistics]]:  # fmt: skip
     """Conv blocks one after the other; each argument holds one entry a block, as `conv_block` wants it.
 
-    Triton applies the norm of a block while the next one reads it. Statistics over a mask it leaves to torch.
+    Triton puts the norm of a block into the weights of the next. Statistics over a mask it leaves to torch.
     Returns the last block's output, and each block's (mean, variance).
     """
     computer = implementation(impl, x)
@@ -137,14 +123,9 @@ def conv_stack(
 
 
 def activate_and_norm(
-    computer: Any,
-    pooled: Array,
-    gamma: Array,
-    beta: Array,
-    statistics: Statistics | None,
-    mask: Array | None,
+    computer: Any, pooled: Array, gamma: Array, beta: Array, statistics: Statistics | None, mask: Array | None,
     slope: float,
-) -> tuple[Array, Statistics]:
+) -> tuple[Array, Statistics]:  # fmt: skip
     """The rest of a block, after the pool: [E, N, h, w, C] -> (like it, (mean, variance))."""
     # The activation never decreases, so it may come after the pool, where there is a quarter of the values.
     active = relu(pooled, slope)

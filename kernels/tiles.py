@@ -19,16 +19,27 @@ LARGEST = 64  # channels
 KEPT = 256  # Cin * Cout of the largest window whose weights, 64 times as many, stay in shared memory: 64 KiB of float32
 # For a GPU of 132 multiprocessors: six programs of a launch for each, or eight warps where every program leaves much.
 PROGRAMS, WARPS = 6 * 132, 8 * 132
-MOST_PARTS, FEW_BYTES = 64, 2**22  # programs of an episode, as each reader adds up what they leave; what is not much
+MOST_PARTS, FEW_BYTES = 32, 2**22  # programs of an episode, as each reader adds up what they leave; what is not much
 
 
-# Where triton 3.6 or 3.9 spills a few registers, on compute capability 9 (True) or before it: what is taken instead.
+# Where triton 3.6 or 3.9 spills a few registers or has some left, on compute capability 9 (True) or before it.
 SPARED: dict[tuple[bool, str, str, int, int], dict[str, Any]] = {
-    (False, "half", "forward", 32, 32): {"windows": 128, "pixels": 1, "warps": 8},
-    (False, "half", "input", 32, 32): {"windows": 128, "pixels": 1, "warps": 8},
-    (False, "tf32", "input", 32, 32): {"windows": 32},
+    (False, "half", "forward", 32, 32): {"pixels": 1, "warps": 8},
+    (False, "half", "input", 32, 32): {"pixels": 1, "warps": 8},
+    (False, "half", "forward", 64, 64): {"windows": 32},
+    (False, "half", "weight", 16, 16): {"windows": 32},
+    (False, "half", "weight", 32, 32): {"windows": 32},
+    (False, "tf32", "forward", 64, 64): {"windows": 32},
+    (False, "tf32", "input", 32, 32): {"windows": 128},
+    (True, "half", "weight", 32, 32): {"pixels": 8},
+    (True, "tf32", "weight", 32, 32): {"pixels": 8},
+    (False, "bf16x3", "forward", 8, 8): {"pixels": 8},
+    (True, "bf16x3", "forward", 4, 8): {"pixels": 8},
     (True, "bf16x3", "input", 64, 64): {"windows": 64},
-    (True, "ieee", "input", 64, 64): {"warps": 4},
+    (False, "bf16x3", "forward", 64, 64): {"windows": 16, "warps": 4},
+    (True, "bf16x3", "forward", 16, 16): {"pixels": 8},
+    (True, "bf16x3", "forward", 64, 64): {"windows": 16, "warps": 4},
+    (True, "ieee", "input", 64, 64): {"windows": 16},
 }
 
 
@@ -48,6 +59,11 @@ class Tile:
 def padded(channels: int, least: int) -> int:
     """The next power of two, at least `least`."""
     return max(least, 1 << (channels - 1).bit_length())
+
+
+def read_channels(channels: int) -> int:
+    """Channels of images as the kernels read them: from three on whole words of memory, multiples of four."""
+    return channels if channels <= 2 else -(-channels // 4) * 4
 
 
 def job_key(job: str, inputs: int, outputs: int, dtype: str, precision: str) -> str:
@@ -85,36 +101,33 @@ def choose(job: str, inputs: int, outputs: int, dtype: str, precision: str, hopp
     kind = "half" if dtype != "float32" else precision
     spared = SPARED.get((hopper, kind, job, tile.inputs, tile.outputs), {})
     if dtype == "float32":
-        return replace(for_float32(tile, precision, job), **spared)
-    if hopper and job != "weight" and tile.form == "window":
-        return replace(tile, warps=4)
-    if not hopper and job == "weight" and tile.inputs * tile.outputs > 1024:
-        return replace(tile, windows=16, **spared)
+        tile = for_float32(tile, precision, job)
+    elif not hopper and job == "weight" and tile.inputs * tile.outputs > 1024:
+        tile = replace(tile, windows=16)
+    if hopper and job != "weight" and tile.form == "window" and kind in ("half", "tf32"):
+        tile = replace(tile, warps=4)
     return replace(tile, **spared)
 
 
 def for_float32(tile: Tile, precision: str, job: str) -> Tile:
-    """Twice the bytes, half the windows; three products need more registers, and FMAs one for every operand."""
-    taps = tile.form == "taps"
-    if taps:  # to read each pixel once would spill
-        windows = 32 if job == "weight" else 128 if tile.inputs * tile.outputs <= 1024 else 64
-        tile = replace(tile, windows=windows, pixels=1, warps=8)
-    if precision == "ieee" and taps:
-        many = tile.inputs * tile.outputs >= (1024 if job == "input" else 2048)
-        return replace(tile, windows=32 if job == "input" and many else 16, warps=8 if many else 4)
+    """Twice the bytes, fewer windows; three products need more registers, and FMAs one for every operand."""
+    size = tile.inputs * tile.outputs
+    if tile.form == "taps" and precision == "ieee":
+        many = size >= (1024 if job == "input" else 2048)
+        return replace(tile, windows=32 if job == "input" and many else 16, pixels=1, warps=8 if many else 4)
+    if tile.form == "taps":  # to read each pixel once would spill
+        half = precision == "bf16x3" and (size > 1024 or job == "weight")
+        return replace(tile, windows=(32 if job == "weight" else 64) // (1 + half), pixels=1, warps=8)
     if precision == "ieee":
         warps = 4 if job != "weight" and (tile.inputs == 16 or tile.outputs == 32) else 8
         least = 16 // tile.outputs if job == "input" else 2  # triton 3.6 wants products over 16 values or more
         return replace(tile, windows=16, pixels=min(16, max(2, 32 // tile.inputs, least)), warps=warps)
-    if precision == "bf16x3" and taps and job != "weight":
-        return replace(tile, windows=tile.windows // 2)
     if precision == "bf16x3":
         warps = 8 if job == "input" else 4 if tile.inputs == tile.outputs == 16 and job == "forward" else tile.warps
-        return replace(tile, windows=max(16, tile.windows // 4), warps=warps)
-    if taps and job != "weight":
-        return replace(tile, windows=64)
+        return replace(tile, windows=min(32, max(16, tile.windows // 4)), warps=warps)
     pixels = 2 if job == "input" and tile.inputs == tile.outputs == 16 else tile.pixels
-    return replace(tile, windows=max(32, tile.windows // 2), pixels=pixels)
+    most = 64 if max(tile.inputs, tile.outputs) <= 16 else 32  # 64 are the least that make a wgmma
+    return replace(tile, windows=min(most, tile.windows), pixels=pixels)
 
 
 def taps_tile(inputs: int, outputs: int) -> Tile:
@@ -128,8 +141,8 @@ def forward_tile(inputs: int, outputs: int) -> Tile:
     cin, cout = padded(inputs, 1), padded(outputs, 4)
     if inputs > 16 or cin * cout > KEPT:
         return taps_tile(inputs, outputs)
-    light = cout <= 16 and cin <= 8 and cin != 4
-    return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 4 else 4, 4 if light else 8)
+    light = cout <= 16 and cin <= 8
+    return Tile("window", cin, cout, 128 if light else 64, 16 if cin <= 2 else 4, 4 if light else 8)
 
 
 def input_tile(inputs: int, outputs: int) -> Tile:
@@ -146,8 +159,8 @@ def weight_tile(inputs: int, outputs: int) -> Tile:
         cin, cout = padded(inputs, 16), padded(outputs, 16)
         return Tile("window", cin, cout, 64, 4, 8) if cin * cout <= 1024 else Tile("taps", cin, cout, 32, 16, 4)
     cin, cout = padded(inputs, 1), padded(outputs, 4)
-    pixels = 16 if 64 * cin * cout <= (16384 if cout <= 16 else 8192) else 4
-    return Tile("window", cin, cout, 64, pixels, 4 if cin * cout <= 64 else 8)
+    windows = {8: 128, 16: 256, 32: 128}.get(cout, 64) if cin == 1 else 64
+    return Tile("window", cin, cout, windows, 16 if cin * cout <= 256 else 4, 4 if cin * cout <= 64 else 8)
 
 
 def reciprocal(divisor: int) -> tuple[int, int, int]:

@@ -11,13 +11,13 @@ from mini_ht.kernels import triton_parts as parts
 
 
 @triton.jit
-def store_sums(sums_ptr, variance_ptr, sum_g, sum_gd, c, eps, C: tl.constexpr):
+def store_sums(sums_ptr, variance_ptr, sums, c, eps, C: tl.constexpr):
     """sums[episode, program] = (sum of g, sum of g * n): [2, C], from sums by row of g and g * (p - mean) [rows, c]."""
     e = tl.program_id(1).to(tl.int64)
     r = 1.0 / tl.sqrt(tl.load(variance_ptr + e * C + c, mask=c < C, other=1.0) + eps)
     base = sums_ptr + (e * tl.num_programs(0) + tl.program_id(0)) * 2 * C + c
-    tl.store(base, tl.sum(sum_g, axis=0), mask=c < C)
-    tl.store(base + C, tl.sum(sum_gd, axis=0) * r, mask=c < C)
+    tl.store(base, tl.sum(sums[0], axis=0), mask=c < C)
+    tl.store(base + C, tl.sum(sums[1], axis=0) * r, mask=c < C)
 
 
 @triton.jit
@@ -40,16 +40,14 @@ def output_sums(
         g = tl.load(g_ptr + at, mask=known, other=0.0).to(tl.float32)
         sum_g += g
         sum_gd += g * (tl.load(p_ptr + at, mask=known, other=0.0).to(tl.float32) - mean)
-    store_sums(sums_ptr, variance_ptr, sum_g, sum_gd, c, eps, C)
+    store_sums(sums_ptr, variance_ptr, (sum_g, sum_gd), c, eps, C)
 
 
 @triton.jit
-def finish_input_tile(
-    dx, image, y, x, exists, c, p_ptr, dx_ptr, mean, sum_g, sum_gd, H, W, CI: tl.constexpr, SUMS: tl.constexpr
-):
-    """Store dx of pixels (image, y, x); it is the g of the block before, whose sums go on, by row of a tile or of all.
+def finish(dx, image, y, x, exists, c, p_ptr, dx_ptr, mean, sums, H, W, CI: tl.constexpr, SUMS: tl.constexpr):
+    """Store dx of pixels (image, y, x); it is the g of the block before, whose sums go on, by row of a tile.
 
-    dx [rows, CIP] of channels c; sum_g, sum_gd [rows or 1, CIP]; image, y, x, exists [rows]; mean [1, CIP].
+    dx and both sums [rows, CIP] of channels c; image, y, x, exists [rows]; mean [1, CIP].
     """
     known = (exists & (y < H) & (x < W))[:, None] & (c < CI)[None, :]
     offset = ((image * H + y) * W + x)[:, None] * CI + c[None, :]
@@ -58,11 +56,8 @@ def finish_input_tile(
     if SUMS:  # where nothing is known, dx is 0
         g = rounded.to(tl.float32)
         gd = g * (tl.load(p_ptr + offset, mask=known, other=0.0).to(tl.float32) - mean)
-        if sum_g.shape[0] == 1:  # to spare registers
-            g, gd = tl.sum(g, axis=0, keep_dims=True), tl.sum(gd, axis=0, keep_dims=True)
-        sum_g += g
-        sum_gd += gd
-    return sum_g, sum_gd
+        sums = sums[0] + g, sums[1] + gd
+    return sums
 
 
 @triton.jit
@@ -90,7 +85,7 @@ def winners(
     offset = corner[:, None] * CO + ((y // 2 * w + x // 2) * CO + o)[None, :]
     d = tl.load(d_ptr + offset, mask=known, other=0.0)
     code = tl.load(code_ptr + offset, mask=known, other=0).to(tl.int32)
-    return tl.where(((code ^ (y % 2 * 2 + x % 2)[None, :]) & 3) == 0, d, 0.0).to(DT)
+    return tl.where((code & (1 << (y % 2 * 2 + x % 2))[None, :]) != 0, d, 0.0).to(DT)
 
 
 @triton.jit
@@ -110,11 +105,11 @@ def input_gradient(
     xe, dxe, we = x_ptr + inn, dx_ptr + inn, w_ptr + e * 9 * CI * CO
     total = N * ((H + 1) // 2) * ((W + 1) // 2)
     c = tl.arange(0, CIP)
-    weights = parts.kept_weights(we, CI, CO, CIP, COP, PIXELS, WINDOW, True, DT)
+    weights = parts.kept_weights(we, 1.0, CI, CO, CIP, COP, PIXELS, WINDOW, True, DT)
     mean = tl.zeros((1, CIP), tl.float32)
     if SUMS:
         mean = tl.load(mean_ptr + e * CI + c, mask=c < CI, other=0.0)[None, :]
-    sum_g, sum_gd = parts.zeros(2, 4 * BM if WINDOW else BM if PIXELS == 16 else 1, CIP)
+    sums = parts.zeros(2, 4 * BM if WINDOW else BM, CIP)
     start = tl.program_id(0) * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = parts.tile_windows(tile, total, image_of, row_of, BM, WIDE)
@@ -128,30 +123,23 @@ def input_gradient(
             image, i, j, exists = parts.tile_windows(tile, total, image_of, row_of, BM, WIDE, 4)
             y, x = 2 * i + place // 2, 2 * j + place % 2
             four = tl.reshape(acc, (BM * 4, CIP))  # one row a pixel, window by window
-            sum_g, sum_gd = finish_input_tile(
-                four, image, y, x, exists, c, xe, dxe, mean, sum_g, sum_gd, H, W, CI, SUMS
-            )
+            sums = finish(four, image, y, x, exists, c, xe, dxe, mean, sums, H, W, CI, SUMS)
         elif PIXELS == 16:
             each = parts.zeros(4, BM, CIP)
             for pixel in tl.static_range(16):
-                each = parts.spread(
-                    winners(de, ce, corner, seen, pixel, w, CO, COP, 1, DT), weights, each, pixel, PRECISION
-                )
+                dy = winners(de, ce, corner, seen, pixel, w, CO, COP, 1, DT)
+                each = parts.spread(dy, weights, each, pixel, PRECISION)
             for number in tl.static_range(4):
                 y, x = 2 * i + number // 2, 2 * j + number % 2
-                sum_g, sum_gd = finish_input_tile(
-                    each[number], image, y, x, exists, c, xe, dxe, mean, sum_g, sum_gd, H, W, CI, SUMS
-                )
+                sums = finish(each[number], image, y, x, exists, c, xe, dxe, mean, sums, H, W, CI, SUMS)
         else:
             for number in range(4):
                 acc = tl.zeros((BM, CIP), tl.float32)
                 for tap in range(9):
                     pixel = (number % 2 + tap % 3) * 4 + number // 2 + tap // 3
                     dy = winners(de, ce, corner, seen, pixel, w, CO, COP, 1, DT)
-                    acc = parts.multiply(dy, parts.tap_weight(we, tap, CI, CO, CIP, COP, True, DT), acc, PRECISION)
+                    acc = parts.multiply(dy, parts.tap_weight(we, tap, CI, CO, CIP, COP, True).to(DT), acc, PRECISION)
                 y, x = 2 * i + number // 2, 2 * j + number % 2
-                sum_g, sum_gd = finish_input_tile(
-                    acc, image, y, x, exists, c, xe, dxe, mean, sum_g, sum_gd, H, W, CI, SUMS
-                )
+                sums = finish(acc, image, y, x, exists, c, xe, dxe, mean, sums, H, W, CI, SUMS)
     if SUMS:
-        store_sums(sums_ptr, variance_ptr, sum_g, sum_gd, c, eps, CI)
+        store_sums(sums_ptr, variance_ptr, sums, c, eps, CI)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mini_ht.errors import InputError
 from mini_ht.kernels import triton_launch as launch
-from mini_ht.kernels.tiles import LARGEST
+from mini_ht.kernels.tiles import LARGEST, read_channels
 from mini_ht.kernels.torch_conv import batch_norm, blur_pool, conv2d, conv_max_pool
 from mini_ht.kernels.triton_launch_backward import Backward
 from mini_ht.kernels.triton_parts import INTERPRETED
@@ -70,7 +71,7 @@ def conv_stack(
     biases: Sequence[Tensor | None] | None, statistics: Sequence[Statistics] | None, slope: float, eps: float,
     precision: str = "",
 ) -> tuple[Tensor, list[Statistics]]:  # fmt: skip
-    """Blocks one after the other, the norm of each applied while the next reads it; see `mini_ht.kernels.conv_stack`.
+    """Blocks one after the other, the norm of each in the weights of the next; see `mini_ht.kernels.conv_stack`.
 
     precision: of float32 products, "tf32", "ieee" or "bf16x3" (three bfloat16 products, near float32); "" asks torch.
     Raises InputError for what the kernels cannot compute on, and when the gradient is to be differentiated.
@@ -82,6 +83,8 @@ def conv_stack(
         raise InputError(problem)
     if precision and precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; choose {', '.join(PRECISIONS)}")
+    if more := read_channels(x.shape[-1]) - x.shape[-1]:
+        x, weights = pad(x, (0, more)), [pad(weights[0], (0, 0, 0, more)), *weights[1:]]
     count = len(weights)
     given = [part for pair in zip(*statistics, strict=True) for part in pair] if statistics else []
     shapes = [(len(weight), weight.shape[-1]) for weight in weights]  # (E, Cout)
@@ -126,21 +129,18 @@ def _(x, weights, gammas, betas, biases, statistics, slope, eps, precision):
 
 
 BACK = "Tensor g, Tensor[] g_statistics, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] biases"
-SAVED = "Tensor[] means, Tensor[] variances, Tensor[] pooled, Tensor[] codes"
+SAVED = "Tensor[] means, Tensor[] variances, Tensor[] pooled, Tensor[] codes, bool own, bool wants_x"
 
 
 @torch.library.custom_op(
-    "mini_ht::conv_stack_backward",
-    mutates_args=(),
-    schema=f"({BACK}, {SAVED}, bool own, bool wants_x, {OPTIONS}) -> Tensor[]",
+    "mini_ht::conv_stack_backward", mutates_args=(), schema=f"({BACK}, {SAVED}, {OPTIONS}) -> Tensor[]"
 )
 def stack_backward_op(
     g, g_statistics, x, weights, gammas, betas, biases, means, variances, pooled, codes, own, wants_x, *options
 ):
     """Sums for gammas and betas [blocks, 2, C], dw, db if biased, d_statistics [E, 2, C] if given, dx if wanted."""
     blocks = [launch.Block(*parts) for parts in zip(means, variances, pooled, codes, strict=True)]
-    slope, eps, precision = options
-    options = slope, eps, precision or default_precision()
+    options = *options[:2], options[2] or default_precision()
     return Backward(g, g_statistics, x, weights, gammas, betas, biases, blocks, own, options)(wants_x)
 
 
@@ -160,16 +160,14 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     count = len(weights)
     ctx.set_materialize_grads(False)
     ctx.count, ctx.own, ctx.biased = count, not statistics, bool(biases)
-    vectors = [*statistics, *output[1:]]
-    ctx.save_for_backward(x, *weights, *gammas, *betas, *biases, *vectors)
+    ctx.save_for_backward(x, *weights, *gammas, *betas, *biases, *statistics, *output[1:])
 
 
 def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """From the gradients of all outputs to those of all arguments."""
     count, own = ctx.count, ctx.own
     x, *rest = ctx.saved_tensors
-    parts = [rest[at : at + count] for at in range(0, len(rest), count)]
-    weights, gammas, betas, *parts = parts
+    weights, gammas, betas, *parts = [rest[at : at + count] for at in range(0, len(rest), count)]
     biases = parts.pop(0) if ctx.biased else []
     means, variances, pooled, codes = parts
     g = torch.zeros_like(pooled[-1]) if grads[0] is None else grads[0]
@@ -188,8 +186,7 @@ def gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     d_given, results = ([], results) if own else (results[:count], results[count:])
     d_statistics = [d[:, part] for part in range(2) for d in d_given]
     d_gammas, d_betas = ([sums[k, part, : len(gammas[k])] for k in range(count)] for part in range(2))
-    dx = results[0] if wants_x else None
-    return dx, d_weights, d_gammas, d_betas, d_biases, d_statistics, None, None, None
+    return results[0] if wants_x else None, d_weights, d_gammas, d_betas, d_biases, d_statistics, None, None, None
 
 
 def refuse(ctx: Any, *grads: Any) -> None:

@@ -25,7 +25,7 @@ class Block:
     mean: Tensor  # [E, C]
     variance: Tensor  # [E, C]
     p: Tensor  # [E, N, h, w, C], pooled values before the norm
-    code: Tensor  # [E, N, h, w, C] int8: the place that won, + 4 if its value is positive
+    code: Tensor  # [E, N, h, w, C] int8: one of four bits, the place that won, + 16 if it is positive
 
 
 def compiler_options(warps: int, stages: int) -> dict[str, Any]:

@@ -118,6 +118,6 @@ class Backward:
             CI=tuple(weight.shape[3] for weight in self.weights), CO=tuple(weight.shape[4] for weight in self.weights),
             CIP=tuple(tile.inputs for tile in tiles), COP=tuple(tile.outputs for tile in tiles),
             WINDOW=tuple(tile.form == "window" for tile in tiles), BIAS=bool(self.biases),
-            warps=8 if max(tile.inputs * tile.outputs for tile in tiles) >= 1024 else 4,
+            warps=min(8, max(1, max(tile.inputs * tile.outputs for tile in tiles) // 128)),
         )  # fmt: skip
         return [sums, *d_weights, *d_biases]

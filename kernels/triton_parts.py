@@ -10,6 +10,9 @@ import os
 import triton
 import triton.language as tl
 
+from mini_ht.kernels import tiles
+
+MOST_PARTS = tl.constexpr(tiles.MOST_PARTS)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
@@ -63,33 +66,24 @@ def add_rows(part_ptr, rows, step, at, known, BS: tl.constexpr = 32):
 
 
 @triton.jit
-def merge_statistics(part_ptr, programs, windows, total, c, known, C: tl.constexpr, BS: tl.constexpr = 32):
+def merge_statistics(part_ptr, programs, windows, total, c, known, C: tl.constexpr):
     """Mean and variance of channels c [K] from what the programs of a block left, `windows` values each."""
-    mean, m2 = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
-    for first in range(0, programs, BS):
-        s = first + tl.arange(0, BS)
-        inside = (s < programs)[:, None] & known[None, :]
-        count = tl.maximum(tl.minimum(windows, total - s * windows), 0).to(tl.float32)[:, None]  # [BS, 1]
-        count = tl.where(inside, count, 0.0)  # [BS, K]
-        base = part_ptr + s[:, None] * (2 * C) + c[None, :]
-        means = tl.load(base, mask=inside, other=0.0)
-        deviations = tl.load(base + C, mask=inside, other=0.0)
-        many = tl.maximum(tl.sum(count, axis=0), 1.0)
-        some = tl.sum(means * count, axis=0) / many
-        gap = means - some[None, :]
-        before = tl.minimum(first * 1.0 * windows, total * 1.0)
-        share = many / (before + many)
-        m2 += tl.sum(deviations + gap * gap * count, axis=0) + (some - mean) * (some - mean) * before * share
-        mean += (some - mean) * share
-    return mean, m2 / total
+    s = tl.arange(0, MOST_PARTS)
+    count = tl.where(s < programs, tl.minimum(windows, total - s * windows), 0).to(tl.float32)[:, None]  # [S, 1]
+    at, inside = s[:, None] * (2 * C) + c[None, :], (s < programs)[:, None] & known[None, :]
+    means = tl.load(part_ptr + at, mask=inside, other=0.0)
+    deviations = tl.load(part_ptr + at + C, mask=inside, other=0.0)
+    mean = tl.sum(means * count, axis=0) / total
+    gap = means - mean[None, :]
+    return mean, tl.sum(deviations + gap * gap * count, axis=0) / total
 
 
 @triton.jit
-def norm_of(norm, programs, windows, total, eps, k, c, C: tl.constexpr, MERGE: tl.constexpr):
-    """A block's norm as scale and shift of channels c [K]; norm: its parts, gamma, beta, mean, variance.
+def norm_of(norm, programs, windows, total, eps, c, C: tl.constexpr, MERGE: tl.constexpr):
+    """A block's norm, (v - mean) * scale + beta, of channels c [K]; norm: its parts, gamma, beta, mean, variance.
 
-    MERGE: its statistics are merged from parts here, in every program alike, and the first of an episode keeps them,
-    one value for each k < C. Without it they are read.
+    MERGE: its statistics are merged from parts here, in every program alike, and the first of an episode keeps
+    them. Without it they are read.
     """
     part_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr = norm
     e = tl.program_id(1).to(tl.int64)
@@ -97,38 +91,42 @@ def norm_of(norm, programs, windows, total, eps, k, c, C: tl.constexpr, MERGE: t
     if MERGE:
         mean, variance = merge_statistics(part_ptr + e * programs * 2 * C, programs, windows, total, c, known, C)
         if tl.program_id(0) == 0:
-            tl.store(mean_ptr + e * C + c, mean, mask=k < C)
-            tl.store(variance_ptr + e * C + c, variance, mask=k < C)
+            tl.store(mean_ptr + e * C + c, mean, mask=known)
+            tl.store(variance_ptr + e * C + c, variance, mask=known)
     else:
         mean = tl.load(mean_ptr + e * C + c, mask=known, other=0.0)
         variance = tl.load(variance_ptr + e * C + c, mask=known, other=1.0)
     scale = tl.load(gamma_ptr + c, mask=known, other=0.0) / tl.sqrt(variance + eps)
-    return scale, tl.load(beta_ptr + c, mask=known, other=0.0) - mean * scale
+    return mean, scale, tl.load(beta_ptr + c, mask=known, other=0.0)
 
 
 @triton.jit
-def patch(
-    x_ptr, scale, shift, corner, seen, first, k, W,
-    CI: tl.constexpr, CIP: tl.constexpr, AFFINE: tl.constexpr, DT: tl.constexpr,
-):  # fmt: skip
-    """Channels k % CIP of pixels first + k // CIP of those that windows see: [K, BM] or [BM, K], as k and corner stand.
+def inside(seen, pixels, DT: tl.constexpr):
+    """1 where pixels [16, 1] of those that windows see [1, BM] are inside of the image, else 0: [16, BM]."""
+    return tl.where((seen >> pixels & 1) != 0, 1.0, 0.0).to(DT)
 
-    AFFINE: the norm of the block before on load, v * scale + shift, but still zero outside of the image.
-    """
+
+@triton.jit
+def tap_inside(seen, place, DT: tl.constexpr):
+    """The same for the pixel that each of nine taps sees from a place: [16, BM], its last rows without meaning."""
+    tap = tl.arange(0, 16)[:, None]
+    return inside(seen, (place % 2 + tap % 3) * 4 + place // 2 + tap // 3, DT)
+
+
+@triton.jit
+def patch(x_ptr, corner, seen, first, k, W, CI: tl.constexpr, CIP: tl.constexpr, DT: tl.constexpr):
+    """Channels k % CIP of pixels first + k // CIP of those that windows see, zero outside of the image: [K, BM]."""
     pixel, c = first + k // CIP, k % CIP
     inside = ((seen >> pixel) & 1) != 0
     if CI != CIP:
         inside = inside & (c < CI)
-    v = tl.load(x_ptr + corner * CI + ((pixel % 4 * W + pixel // 4) * CI + c), mask=inside, other=0.0)
-    if AFFINE:
-        v = tl.where(inside, v.to(tl.float32) * scale + shift, 0.0)
-    return v.to(DT)
+    return tl.load(x_ptr + corner * CI + ((pixel % 4 * W + pixel // 4) * CI + c), mask=inside, other=0.0).to(DT)
 
 
 @triton.jit
 def window_weight(
     w_ptr, FIRST: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr,
-    PIXELS: tl.constexpr, FLIPPED: tl.constexpr, DT: tl.constexpr,
+    PIXELS: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     """The convs of a window's four places as one matrix, zero where a place does not see a pixel.
 
@@ -140,42 +138,37 @@ def window_weight(
     q = tl.arange(0, 4 * OUT)[None, :]
     pixel, place = FIRST + k // IN, q // OUT
     y, x = pixel % 4 - place // 2, pixel // 4 - place % 2
+    tap, c, o = y * 3 + x, k % IN, q % OUT
     if FLIPPED:
-        offset = (((2 - y) * 3 + 2 - x) * CI + q % OUT) * CO + k % IN
-        real = (q % OUT < CI) & (k % IN < CO)
-    else:
-        offset = ((y * 3 + x) * CI + k % IN) * CO + q % OUT
-        real = (k % IN < CI) & (q % OUT < CO)
-    return tl.load(w_ptr + offset, mask=real & (y >= 0) & (y < 3) & (x >= 0) & (x < 3), other=0.0).to(DT)
+        tap, c, o = 8 - tap, o, c
+    known = (c < CI) & (o < CO) & (y >= 0) & (y < 3) & (x >= 0) & (x < 3)
+    return tl.load(w_ptr + (tap * CI + c) * CO + o, mask=known, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def tap_weight(
-    w_ptr, tap, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, FLIPPED: tl.constexpr,
-    DT: tl.constexpr,
-):  # fmt: skip
+    w_ptr, tap, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, FLIPPED: tl.constexpr
+):
     """One of the nine taps: [CIP, COP]; flipped, tap 8 - tap transposed: [COP, CIP]."""
+    c, o = tl.arange(0, CIP)[:, None], tl.arange(0, COP)[None, :]
     if FLIPPED:
-        c, o = tl.arange(0, CIP)[None, :], tl.arange(0, COP)[:, None]
-        tap = 8 - tap
-    else:
-        c, o = tl.arange(0, CIP)[:, None], tl.arange(0, COP)[None, :]
-    return tl.load(w_ptr + (tap * CI + c) * CO + o, mask=(c < CI) & (o < CO), other=0.0).to(DT)
+        tap, c, o = 8 - tap, tl.trans(c), tl.trans(o)
+    return tl.load(w_ptr + (tap * CI + c) * CO + o, mask=(c < CI) & (o < CO), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def kept_weights(
-    w_ptr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, PIXELS: tl.constexpr,
+    w_ptr, scale, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, PIXELS: tl.constexpr,
     WINDOW: tl.constexpr, FLIPPED: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """What a program loads once for all of its tiles: a window's weights in 16 / PIXELS parts, nine taps or nothing."""
+    """What a program loads once, times scale: a window's weights in 16 / PIXELS parts, nine taps or nothing."""
     weights = ()
     if WINDOW:
         for first in tl.static_range(0, 16, PIXELS):
-            weights += (window_weight(w_ptr, first, CI, CO, CIP, COP, PIXELS, FLIPPED, DT),)
+            weights += ((window_weight(w_ptr, first, CI, CO, CIP, COP, PIXELS, FLIPPED) * scale).to(DT),)
     elif PIXELS == 16:
         for tap in tl.static_range(9):
-            weights += (tap_weight(w_ptr, tap, CI, CO, CIP, COP, FLIPPED, DT),)
+            weights += ((tap_weight(w_ptr, tap, CI, CO, CIP, COP, FLIPPED) * scale).to(DT),)
     return weights
 
 

@@ -28,10 +28,8 @@ def norm_gradient(
     sum_gn = parts.add_rows(sums_ptr + e * programs * 2 * C + C, programs, 2 * C, c, known)
     r = 1.0 / tl.sqrt(tl.load(variance_ptr + at, mask=known, other=1.0) + eps)
     a = tl.load(gamma_ptr + c, mask=known, other=0.0) * r
-    g_mean, g_variance = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
-    if USED:
-        g_mean = tl.load(g_mean_ptr + at, mask=known, other=0.0)
-        g_variance = tl.load(g_variance_ptr + at, mask=known, other=0.0)
+    g_mean = tl.load(g_mean_ptr + at, mask=known & USED, other=0.0)
+    g_variance = tl.load(g_variance_ptr + at, mask=known & USED, other=0.0)
     b, c0 = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
     if OWN:
         b = (2 * g_variance - a * r * sum_gn) / count
@@ -48,8 +46,8 @@ def norm_gradient(
 @triton.jit
 def four_places(d, place, BM: tl.constexpr, COP: tl.constexpr, DT: tl.constexpr):
     """d [BM, COP] at the place of four that won, 0 at the others: [BM, 4 * COP], a channel's places side by side."""
-    left = tl.join(tl.where(place == 0, d, 0.0), tl.where(place == 2, d, 0.0))
-    right = tl.join(tl.where(place == 1, d, 0.0), tl.where(place == 3, d, 0.0))
+    left = tl.join(tl.where(place == 1, d, 0.0), tl.where(place == 4, d, 0.0))
+    right = tl.join(tl.where(place == 2, d, 0.0), tl.where(place == 8, d, 0.0))
     dy = tl.reshape(tl.join(left, right), (BM, 4 * COP))  # [BM, COP, 2, 2]
     if DT == tl.float32:
         dy += 0.0  # triton 3.9 cannot lay out what is multiplied straight behind a reshape
@@ -83,17 +81,16 @@ def weight_gradient(
     16 / PIXELS), parts [E, programs, 16, CIP, COP, 4]. More: one product for each place and each tap of a row, a pixel
     read once (PIXELS 16) or for each place anew (1). Grid (programs, E, 3), parts [E, programs, 9, CIP, COP].
     """
-    s, e, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * (PIXELS if WINDOW else 1)
+    s, e = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = 0 if WINDOW and PIXELS == 16 else tl.program_id(2) * (PIXELS if WINDOW else 1)
     h, w = H // 2, W // 2
     total = N * h * w
     xe, out, part = x_ptr + e * N * H * W * CI, e * total * CO, e * tl.num_programs(0) + s
     K: tl.constexpr = PIXELS * CIP if WINDOW else CIP
     k, o = tl.arange(0, K)[:, None], tl.arange(0, COP)
     a, b, c = norm_gradient(norm, g_norm, programs, total, eps, stride, CO, COP, OWN, USED)
-    scale, shift = tl.zeros((K, 1), tl.float32), tl.zeros((K, 1), tl.float32)
-    if AFFINE:
-        scale, shift = parts.norm_of(before, 0, 0, 0, eps, k, k % CIP, CI, False)
     dw, db = parts.zeros(1 if WINDOW else 3, K, 4 * COP if WINDOW else COP), tl.zeros((COP,), tl.float32)
+    dy_inside = tl.zeros((16, 4 * COP if WINDOW else COP), tl.float32)  # what the norm of x adds to, in the end
     start = s * tiles
     for tile in range(start, tl.minimum(start + tiles, tl.cdiv(total, BM))):
         image, i, j, exists = parts.tile_windows(tile, total, image_of, row_of, BM, WIDE)
@@ -104,42 +101,57 @@ def weight_gradient(
         d = tl.load(g_ptr + offset, mask=known, other=0.0).to(tl.float32) * a
         if OWN:  # given statistics do not depend on p
             d += tl.load(p_ptr + offset, mask=known, other=0.0).to(tl.float32) * b + c
-        code = tl.load(code_ptr + offset, mask=known, other=0).to(tl.int32)
-        d = tl.where(known, tl.where(code >= 4, d, d * slope), 0.0)  # [BM, COP], behind norm and activation
-        place = code % 4
+        code = tl.load(code_ptr + offset, mask=known, other=0).to(tl.int32)  # of no place where nothing is known
+        d = tl.where((code & 16) != 0, d, d * slope)  # [BM, COP], behind norm and activation
         if WINDOW:
-            rows = parts.patch(xe, scale, shift, corner, seen, first, k, W, CI, CIP, AFFINE, DT)
-            dw = (parts.multiply(rows, four_places(d, place, BM, COP, DT), dw[0], PRECISION),)
+            rows, dy = parts.patch(xe, corner, seen, first, k, W, CI, CIP, DT), four_places(d, code & 15, BM, COP, DT)
+            dw = (parts.multiply(rows, dy, dw[0], PRECISION),)
+            if AFFINE:
+                inside = parts.inside(seen, first + tl.arange(0, 16)[:, None] * PIXELS // 16, DT)
+                dy_inside = parts.multiply(inside, dy, dy_inside, PRECISION)
         elif PIXELS == 16:
             dy = ()
             for number in tl.static_range(4):
-                dy += (tl.where(place == number, d, 0.0).to(DT),)
+                dy += (tl.where((code & 1 << number) != 0, d, 0.0).to(DT),)
             for pixel in tl.static_range(8):
                 at = pixel // 2 * 4 + first + pixel % 2
-                dw = collect(
-                    parts.patch(xe, scale, shift, corner, seen, at, k, W, CI, CIP, AFFINE, DT), dy, dw, pixel, PRECISION
-                )
+                dw = collect(parts.patch(xe, corner, seen, at, k, W, CI, CIP, DT), dy, dw, pixel, PRECISION)
+            if AFFINE:
+                for number in tl.static_range(4):
+                    inside = parts.tap_inside(seen, number, DT)
+                    dy_inside = parts.multiply(inside, dy[number], dy_inside, PRECISION)
         else:
             for number in range(4):
-                dy = tl.where(place == number, d, 0.0).to(DT)
+                dy = tl.where((code & 1 << number) != 0, d, 0.0).to(DT)
                 more = ()
                 for tap in tl.static_range(3):
                     at = (number % 2 + tap) * 4 + first + number // 2
-                    rows = parts.patch(xe, scale, shift, corner, seen, at, k, W, CI, CIP, AFFINE, DT)
+                    rows = parts.patch(xe, corner, seen, at, k, W, CI, CIP, DT)
                     more += (parts.multiply(rows, dy, dw[tap], PRECISION),)
                 dw = more
+                if AFFINE:
+                    dy_inside = parts.multiply(parts.tap_inside(seen, number, DT), dy, dy_inside, PRECISION)
         if KEEP:
             if first == 0:
                 tl.store(d_ptr + offset, d.to(DT), mask=known)
         if BIAS:
-            db += tl.sum(d, axis=0)
+            db += tl.sum(tl.where(known, d, 0.0), axis=0)
+    if AFFINE:
+        mean, scale, beta = parts.norm_of(before, 0, 0, 0, eps, k % CIP, CI, False)
     if WINDOW:
-        base = dw_ptr + (part * 16 + first) * CIP * 4 * COP
-        tl.store(base + k * (4 * COP) + tl.arange(0, 4 * COP)[None, :], dw[0])
+        (total_dw,) = dw
+        if AFFINE:
+            dy_inside = tl.reshape(tl.broadcast_to(dy_inside[:, None, :], (16, K // 16, 4 * COP)), (K, 4 * COP))
+            total_dw = total_dw * scale + dy_inside * (beta - mean * scale)
+        at = k * (4 * COP) + tl.arange(0, 4 * COP)[None, :]
+        tl.store(dw_ptr + (part * 16 + first) * CIP * 4 * COP + at, total_dw)
     else:
-        base = dw_ptr + (part * 9 + first * 3) * CIP * COP + k * COP + o[None, :]
         for tap in tl.static_range(3):
-            tl.store(base + tap * CIP * COP, dw[tap])
+            total_dw = dw[tap]
+            if AFFINE:
+                mine = tl.where(tl.arange(0, 16)[:, None] == first * 3 + tap, dy_inside, 0.0)
+                total_dw = total_dw * scale + tl.sum(mine, axis=0, keep_dims=True) * (beta - mean * scale)
+            tl.store(dw_ptr + (part * 9 + first * 3 + tap) * CIP * COP + k * COP + o[None, :], total_dw)
     if BIAS:
         if first == 0:
             tl.store(db_ptr + part * CO + o, db, mask=o < CO)

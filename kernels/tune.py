@@ -19,7 +19,7 @@ from torch import Tensor
 from mini_ht.kernels import alternatives
 from mini_ht.kernels.benchmark import KINDS, cuda_seconds, set_products, steps
 from mini_ht.kernels.problems import Problem, problems
-from mini_ht.kernels.tiles import LIST, Tile, candidates, choose, job_key, listed
+from mini_ht.kernels.tiles import LIST, Tile, candidates, choose, job_key, listed, read_channels
 from mini_ht.kernels.triton_conv import default_precision
 from mini_ht.kernels.triton_launch import hopper
 
@@ -54,6 +54,7 @@ def refine(
     kind, precision = str(dtype).removeprefix("torch."), default_precision()
     wanted = gradients(problem, dtype, device)
     for number, (_, inputs, outputs) in enumerate(problem.blocks[:2]):  # the later blocks have the second one's shape
+        inputs = inputs if number else read_channels(inputs)
         for job in ("forward", "weight", "input")[: 2 + number]:  # images want no gradient
             key = job_key(job, inputs, outputs, kind, precision)
             with in_force(tiles):

@@ -12,10 +12,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import seeds
-from tolerances import TRITON_TOLERANCE, relative_error
+from tolerances import TRITON_TOLERANCE, as_numpy, relative_error
 
 from mini_ht import InputError
-from mini_ht.kernels import NORM_EPS, conv_block, conv_stack, implementation
+from mini_ht.kernels import NORM_EPS, conv_block, conv_stack, implementation, reference
 from mini_ht.kernels.reference_backward import block_forward, stack_backward
 
 if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
@@ -178,11 +178,33 @@ def test_programs_with_several_tiles(inputs, monkeypatch):
     check(draw(2, 1, 7, 13, 6, (inputs, 20, 8)), 0.1)
 
 
-def test_more_parts_than_are_read_at_once():
-    """The statistics of more than 32 programs are merged in several steps; no episode has more than 64 programs."""
-    assert tiles.share_out(3 * 14 * 14, 16, 1, tiles.PROGRAMS) == (37, 1)
-    assert tiles.share_out(9 * 14 * 14, 16, 1, tiles.PROGRAMS) == (56, 2)
-    check(draw(17, 1, 3, 28, 28, (1, 4)), wants_x=False)
+def test_many_programs_of_an_episode():
+    """Their statistics are read at once, so no episode has more than 32."""
+    assert tiles.share_out(3 * 14 * 14, 16, 1, tiles.PROGRAMS) == (19, 2)
+    assert tiles.share_out(9 * 14 * 14, 16, 1, tiles.PROGRAMS) == (28, 4)
+    check(draw(17, 1, 5, 28, 28, (1, 4, 4)), wants_x=False)
+
+
+@triton.jit
+def merged(part_ptr, out_ptr, programs, windows, total):
+    """out [2, 4], mean and variance from part [programs, 2, 4]."""
+    c = tl.arange(0, 4)
+    mean, variance = triton_parts.merge_statistics(part_ptr, programs, windows, total, c, c < 4, 4)
+    tl.store(out_ptr + c, mean)
+    tl.store(out_ptr + 4 + c, variance)
+
+
+@pytest.mark.parametrize(("programs", "windows", "total"), [(1, 7, 5), (3, 2**29, 2**30 + 9), (32, 4, 125)])
+def test_statistics_are_merged(programs, windows, total):
+    """Few and many programs, of as many windows as 31 bits can count; the last one has fewer."""
+    part = torch.rand(programs, 2, 4, generator=torch.Generator().manual_seed(21), dtype=torch.float64)
+    count = torch.tensor([min(windows, total - s * windows) for s in range(programs)])[:, None].double()
+    part[:, 1] *= count
+    mean = (part[:, 0] * count).sum(0) / total
+    variance = (part[:, 1] + (part[:, 0] - mean) ** 2 * count).sum(0) / total
+    found = torch.empty(2, 4, device=DEVICE)
+    merged[(1,)](part.float().to(DEVICE), found, programs, windows, total)
+    assert relative_error(found, torch.stack([mean, variance])) <= TRITON_TOLERANCE["float32"]
 
 
 @triton.jit
@@ -230,6 +252,27 @@ def test_float16_block(channels):
     for a, b in zip([found[0], *mine], [wanted[0], *gradients], strict=True):
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
         assert error <= TRITON_TOLERANCE["float16"], f"{error:.1e}"
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("channels", [8, 32, 64])
+@pytest.mark.parametrize("kind", ["float16", *(["bfloat16"] if DEVICE == "cuda" else [])])
+def test_a_norm_goes_into_rounded_weights(kind, channels, offset):
+    """In half precision the second block, of what the first one stored, is as near as one block, whatever the mean.
+
+    offset: of the first block's conv, so that its means are up to ten deviations from zero.
+    """
+    x, weights, gammas, betas, *_ = draw(20, 2, 3, 9, 8, (1, channels, channels))
+    arguments = convert([x, weights, gammas, betas], lambda a: torch.tensor(a, device=DEVICE))
+    biases = [torch.full((2, channels), value, device=DEVICE) for value in (offset, 0.0)]
+    x, *arguments = arguments[0].to(getattr(torch, kind)), *arguments[1:]
+    _, (first, second) = triton_launch.forward(x, *arguments, biases, [], 0.0, NORM_EPS, "tf32")
+    p, mean, variance, found = (as_numpy(part) for part in (first.p, first.mean, first.variance, second.p))
+    scale = gammas[0] / np.sqrt(variance + NORM_EPS)
+    z = (p - mean[:, None, None, None, :]) * scale[:, None, None, None, :] + betas[0]
+    wanted = np.maximum(reference.conv_max_pool(z, weights[1].astype(np.float64)), 0)
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error <= TRITON_TOLERANCE[kind], f"{error:.1e}"
 
 
 @pytest.mark.parametrize("channels", [(1, 8), (20, 20)])
