@@ -30,9 +30,10 @@ class Score:
 
     @staticmethod
     def of(accuracies: NDArray[np.floating]) -> "Score":
-        """From the accuracy of each episode; 1.96 standard errors of the mean."""
-        spread = float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
-        return Score(float(accuracies.mean()), 1.96 * spread / math.sqrt(len(accuracies)), len(accuracies))
+        """From the accuracy of each episode: 1.96 standard errors of the mean; of a single one it is 1."""
+        count = len(accuracies)
+        interval = 1.96 * float(accuracies.std(ddof=1)) / math.sqrt(count) if count > 1 else 1.0
+        return Score(float(accuracies.mean()), interval, count)
 
 
 def evaluation_episodes(
