@@ -19,8 +19,7 @@ LARGEST = 64  # channels
 KEPT = 256  # Cin * Cout of the largest window whose weights, 64 times as many, stay in shared memory: 64 KiB of float32
 # For a GPU of 132 multiprocessors: six programs of a launch for each, or eight warps where every program leaves much.
 PROGRAMS, WARPS = 6 * 132, 8 * 132
-MOST_PARTS, FEW_BYTES = 32, 2**22  # programs of an episode, as each reader adds up what they leave; what is not much
-
+MOST_PARTS, FEW_BYTES = 32, 2**22  # programs of an episode, a power of two, as readers add them up; what is not much
 
 # Where triton 3.6 or 3.9 spills a few registers or has some left, on compute capability 9 (True) or before it.
 SPARED: dict[tuple[bool, str, str, int, int], dict[str, Any]] = {
