@@ -6,7 +6,8 @@ PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 
-.PHONY: help train test lint types check docs fuzz compatibility results-quick gpu clean
+.PHONY: help train test lint types check docs fuzz compatibility results-quick clean
+.PHONY: gpu gpu-ready gpu-tests gpu-benchmark gpu-training gpu-report
 
 help:
 	@echo "make train   set up and train on the built-in images for about 2 minutes; results in runs/quickstart"
@@ -16,6 +17,7 @@ help:
 	@echo "make fuzz    ten minutes of hostile input for each reader; pip install '.[fuzz]' guides it by coverage"
 	@echo "make results-quick   one row of the results anew in some minutes, and compared; archives in OMNIGLOT"
 	@echo "make gpu     on a CUDA GPU: its tests, the benchmark of the kernels, 60 s of training; all in results/gpu/"
+	@echo "make gpu-tests | gpu-benchmark | gpu-training | gpu-report   one part of that; BENCHMARK=--resume goes on"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 $(READY): pyproject.toml constraints.txt
@@ -59,25 +61,43 @@ OMNIGLOT ?= ../shared/data/omniglot
 results-quick: $(READY)
 	$(VENV)/bin/python results/omniglot/rows.py check 1shot-8ch-logits-brief --data-dir $(OMNIGLOT)
 
-# Needs torch for CUDA in GPU_PYTHON.
+# Needs torch for CUDA in GPU_PYTHON. One of your own is taken as it is, with this package and '.[test]' installed.
 GPU_PYTHON ?= $(VENV)/bin/python
+GPU_READY = $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(READY))
 GPU_HT = $(GPU_PYTHON) -c "from mini_ht.cli import main; main()"
+GPU_OUT = results/gpu/$(shell $(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))" 2>/dev/null)
+GPU_TESTS = $(addprefix tests/test_,triton.py triton_limits.py device.py tune.py semi_supervised.py extremes.py)
+BENCHMARK ?=
 
-gpu: $(READY)
+# Nothing is timed while a test is red.
+gpu:
+	$(MAKE) gpu-tests
+	$(MAKE) gpu-benchmark
+	$(MAKE) gpu-training
+	$(MAKE) gpu-report
+
+gpu-ready: $(GPU_READY)
 	@$(GPU_PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
 	  { echo "make gpu needs a CUDA device, and torch sees none here."; exit 1; }
+	mkdir -p $(GPU_OUT)
+
+gpu-tests: gpu-ready
+	set -o pipefail; $(GPU_PYTHON) -m pytest -n auto --maxprocesses 4 $(GPU_TESTS) 2>&1 | tee $(GPU_OUT)/tests.txt
+
+gpu-benchmark: gpu-ready
+	set -o pipefail; $(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $(GPU_OUT) $(BENCHMARK) 2>&1 | \
+	  tee -a $(GPU_OUT)/benchmark.txt
+
+gpu-training: gpu-ready
 	set -e -o pipefail; \
-	out=results/gpu/$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
-	mkdir -p $$out; \
-	$(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_limits.py tests/test_device.py tests/test_tune.py \
-	  tests/test_semi_supervised.py tests/test_extremes.py 2>&1 | tee $$out/tests.txt; \
-	$(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $$out 2>&1 | tee $$out/benchmark.txt; \
 	for impl in auto torch; do for count in 16 64; do \
 	  $(GPU_HT) bench train omniglot-20way-1shot-8ch --episodes-per-step $$count --impl $$impl --json; \
-	done; done 2>&1 | tee $$out/training_speed.txt; \
+	done; done 2>&1 | tee $(GPU_OUT)/training_speed.txt; \
 	$(GPU_HT) train omniglot-20way-1shot-8ch --minutes 1 --episodes-per-step 64 --data-dir $(OMNIGLOT) \
-	  --run-dir $$out/omniglot --overwrite 2>&1 | tee $$out/training.txt; \
-	$(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $$out/compile_report.txt
+	  --run-dir $(GPU_OUT)/omniglot --overwrite 2>&1 | tee $(GPU_OUT)/training.txt
+
+gpu-report: gpu-ready
+	set -o pipefail; $(GPU_PYTHON) -m mini_ht.kernels.compile_report 2>&1 | tee $(GPU_OUT)/compile_report.txt
 
 clean:
 	rm -rf $(VENV) build docs/_build docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

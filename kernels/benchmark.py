@@ -1,28 +1,30 @@
 """`python -m mini_ht.kernels.benchmark`: the generated CNN's forward and backward pass against every alternative.
 
 Correctness first: what is wrong is not timed. On a GPU every pass runs as a CUDA graph; without one the torch and NumPy
-paths are compared. Writes benchmark.csv and benchmark.png into --out.
+paths are compared. After each net and kind benchmark.csv and benchmark.png are written into --out; rows of the same
+device and versions that are there already stay until they are measured again.
 """
 
 import argparse
 import csv
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from mini_ht.kernels import alternatives, reference_backward
 from mini_ht.kernels.block import NORM_EPS, conv_stack
 from mini_ht.kernels.problems import Problem, problems
 
-KINDS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, True)}
+KINDS = {"bf16": (torch.bfloat16, True), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 ALLOWED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2}  # by the norm of the error, of one block on exact products
 PASSES = ("forward", "backward", "both")
 
@@ -45,7 +47,7 @@ def wrong_blocks(problem: Problem, kind: str) -> list[str]:
             ones = torch.ones(outputs, device="cuda", dtype=leaves[1].dtype)
             y, _ = conv_stack(leaves[0], leaves[1:], [ones], [ones], impl=impl)
             g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(y)
-            both.append([y, *torch.autograd.grad(y, leaves, g)])
+            both.append([y.detach(), *torch.autograd.grad(y, leaves, g)])
         for name, mine, other in zip(("y", "dx", "dw"), *both, strict=True):
             error = float((mine.double() - other).norm() / other.norm())
             if not error <= ALLOWED[kind]:
@@ -90,14 +92,8 @@ def cuda_seconds(make: Callable[[], dict[str, Callable[[], Any]]], name: str) ->
 
 
 def cpu_seconds(step: Callable[[], Any], budget: float) -> float:
-    """Median time of calls that fill the budget, after one to warm up."""
-    step()
-    times: list[float] = []
-    while sum(times) < budget or len(times) < 3:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    """Median time of calls on one thread that fill the budget."""
+    return Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=budget).median
 
 
 def count_launches(step: Callable[[], Any]) -> int:
@@ -149,7 +145,7 @@ def gpu_rows(problem: Problem, kind: str) -> list[dict[str, Any]]:
             before = torch.cuda.memory_allocated()
             both()
             row["peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-            row["launches"] = count_launches(both)
+            row["launches"] = count_launches(both) or "not seen"  # where the profiler may not look
             del both
             for part in PASSES:
                 row[f"{part}_us"] = round(1e6 * cuda_seconds(partial(steps, net, arguments), part), 1)
@@ -159,8 +155,8 @@ def gpu_rows(problem: Problem, kind: str) -> list[dict[str, Any]]:
                     floor = max(moved / bandwidth, problem.flops()[part] / speed)
                     row[f"{part}_tb_s"] = round(moved / seconds / 1e12, 2)
                     row[f"{part}_share"] = round(floor / seconds, 3)
-        except (RuntimeError, ValueError) as problem_found:
-            row["note"] = str(problem_found).splitlines()[0][:100]
+        except Exception as error:  # whatever keeps one net from running must not keep the others
+            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         rows.append(row)
     add_ratios(rows, "triton")
     return rows
@@ -214,32 +210,43 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{label:24} {row['net']:23} {'  '.join(parts)}  {'  '.join(extra)}".rstrip(), flush=True)
 
 
+def earlier(file: Path, device: str) -> list[dict[str, Any]]:
+    """Rows of a benchmark.csv that were measured on the same device with the same versions."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
+    return [row for row in rows if row.get("device") == device]
+
+
+def label(row: dict[str, Any]) -> str:
+    """Net and kind of a row, as the option --only reads them."""
+    return f"{row['problem']}-{row['channels']} {row['kind']}"
+
+
 def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """benchmark.csv, and benchmark.png: time of both passes by channels, a panel for each problem and kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (out / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    part = out / "benchmark.csv.part"
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(out / "benchmark.csv")  # whole at every moment
     panels = list(dict.fromkeys((row["problem"], row["kind"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
         mine = [row for row in rows if (row["problem"], row["kind"]) == panel and "both_us" in row]
         for net in dict.fromkeys(row["net"] for row in mine):
-            points = [(row["channels"], row["both_us"]) for row in mine if row["net"] == net]
+            points = sorted((int(row["channels"]), float(row["both_us"])) for row in mine if row["net"] == net)
             axis.plot(*zip(*points, strict=True), marker="o", label=net)
         axis.set(title=" ".join(panel), xlabel="channels", ylabel="forward + backward, us", yscale="log")
         axis.set_xscale("log", base=2)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    axes[0].legend(fontsize=7)
     figure.savefig(out / "benchmark.png", dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -247,20 +254,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number on a CPU")
-    parser.add_argument("--only", default="", help="problems whose name and channels, as in omniglot-8, contain this")
+    parser.add_argument("--only", default="", help="nets and kinds, as in 'omniglot-8 bf16', that contain this")
+    parser.add_argument("--resume", action="store_true", help="leave out what the CSV in --out has already")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
-    print(f"device: {torch.cuda.get_device_name() if cuda else 'CPU, one thread'}; torch {torch.__version__}")
-    rows: list[dict[str, Any]] = []
-    for problem in problems(cuda):
-        if chosen.only in f"{problem.name}-{problem.channels}":
-            for kind in KINDS if cuda else [""]:
-                found = gpu_rows(problem, kind) if cuda else cpu_rows(problem, chosen.seconds)
-                show(found)
-                rows += found
-    if rows:
+    device = f"{torch.cuda.get_device_name()}; triton {version('triton')}" if cuda else "CPU, one thread"
+    device += f"; torch {torch.__version__}"
+    print(f"device: {device}")
+    rows = earlier(chosen.out / "benchmark.csv", device)
+    for kind, problem in product(KINDS if cuda else ["cpu fp32"], problems(cuda)):
+        name = label({"problem": problem.name, "channels": problem.channels, "kind": kind})
+        if chosen.only not in name or (chosen.resume and name in map(label, rows)):
+            continue
+        found = gpu_rows(problem, kind) if cuda else cpu_rows(problem, chosen.seconds)
+        show(found)
+        rows = [row for row in rows if label(row) != name] + [{"device": device} | row for row in found]
         write(rows, chosen.out)
-    return int(not rows)
+    return int(not any(chosen.only in label(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have
 NETS = tuple((images, width) for images in (1, 4) for width in (8, 16, 32, 64))
@@ -59,16 +60,11 @@ def launches(images: int, width: int, dtype: str, precision: str, capability: in
     x = torch.empty(2, 80, 28, 28, images, dtype=getattr(torch, dtype), device="meta")
     weights = [torch.empty(2, 3, 3, images if k == 0 else width, width, device="meta") for k in range(4)]
     small = [torch.empty(width, device="meta")] * 4
-    kept = triton_launch.run, triton_launch.hopper
-    triton_launch.run = triton_launch_backward.run = record
-    triton_launch.hopper = lambda device: capability >= 90
-    try:
-        options = (0.0, NORM_EPS, precision)
+    options = (0.0, NORM_EPS, precision)
+    pretended = patch.multiple(triton_launch, run=record, hopper=lambda device: capability >= 90)
+    with pretended, patch.object(triton_launch_backward, "run", record):
         y, blocks = triton_launch.forward(x, weights, small, small, [], [], *options)
         triton_launch_backward.Backward(y, [], x, weights, small, small, [], blocks, True, options)(False)
-    finally:
-        triton_launch.run, triton_launch.hopper = kept
-        triton_launch_backward.run = kept[0]
     return found
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -77,15 +78,11 @@ def refine(
 @contextmanager
 def in_force(tiles: dict[str, Tile]) -> Iterator[None]:
     """Kernels take these tiles inside the block."""
-    before = os.environ.pop(LIST, "")
     with TemporaryDirectory() as folder:  # a new name each time, as lists are remembered by name
         file = Path(folder) / "tiles.json"
         file.write_text(as_json(tiles))
-        os.environ[LIST] = str(file)
-        try:
+        with patch.dict(os.environ, {LIST: str(file)}):
             yield
-        finally:
-            os.environ[LIST] = before
 
 
 def as_json(tiles: dict[str, Tile]) -> str:

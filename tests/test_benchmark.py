@@ -24,6 +24,29 @@ def test_it_measures_every_net(tmp_path, capsys, monkeypatch):
 
 
 @on_cpu
+def test_a_benchmark_is_made_in_parts(tmp_path, monkeypatch):
+    """Rows of the same device stay until they are measured again, which --resume leaves out; others' go."""
+    nets = [Problem("small", 2, 3, 16, 1, channels) for channels in (4, 8)]
+    monkeypatch.setattr(benchmark, "problems", lambda cuda: nets)
+
+    def measured(*options: str) -> list[tuple[str, str, str]]:
+        assert benchmark.main(["--seconds", "0.001", "--out", str(tmp_path), *options]) == 0
+        with (tmp_path / "benchmark.csv").open() as file:
+            return [(row["channels"], row["net"], row["both_us"]) for row in csv.DictReader(file)]
+
+    first = measured("--only", "small-4")
+    assert {row[0] for row in first} == {"4"}
+    both = measured("--resume")
+    assert both[: len(first)] == first and {row[0] for row in both[len(first) :]} == {"8"}
+    assert measured("--resume") == both
+    again = measured("--only", "small-4 cpu")
+    assert again[: len(first)] == both[len(first) :] and len(again) == len(both) and again != both
+    assert benchmark.main(["--out", str(tmp_path), "--only", "large"]) == 1
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert {row[0] for row in measured("--only", "small-8")} == {"8"}
+
+
+@on_cpu
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     """A net whose result is off ends the benchmark."""
     monkeypatch.setattr(benchmark, "problems", lambda cuda: [Problem("small", 2, 3, 16, 1, 4)])
