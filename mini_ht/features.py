@@ -62,7 +62,7 @@ def local_features(parameters: Parameters, layer: Layer, activations: Array) -> 
             x = relu(x)
         if conv is layer.local[-1]:  # nobody sees its map, and the mean of a conv is the conv of a mean
             seen = as_floats(mean_neighbourhood(x, conv), weight).reshape(episodes, images, -1)  # [E, n, k * k * Cin]
-            # A product for each episode: with one for all, some BLAS round by how many there are.
+            # A product for each episode, there each image: with one for all, some BLAS round by how many there are.
             means.append((seen @ weight.reshape(-1, conv.outputs) + bias).reshape(len(x), -1))  # [E * n, width]
         else:
             x = conv2d(x, weight, bias, conv.stride)
@@ -71,9 +71,10 @@ def local_features(parameters: Parameters, layer: Layer, activations: Array) -> 
 
 
 def mean_neighbourhood(x: Array, conv: LocalConv) -> Array:
-    """The mean of all neighbourhoods that a conv sees (row, column, channel): [B, h, w, Cin] -> [B, k * k * Cin]."""
-    xp, reach = namespace(x), x.shape[1] - conv.kernel + 1
-    parts = [slice(first, first + reach, conv.stride) for first in range(conv.kernel)]
-    rows = xp.stack([x[:, part].mean(1) for part in parts], axis=1)  # [B, k, w, Cin]
-    both = xp.stack([rows[:, :, part].mean(2) for part in parts], axis=2)  # [B, k, k, Cin]
-    return both.reshape(len(x), -1)
+    """The mean of all neighbourhoods that a conv sees (row, column, channel): [B, h, h, Cin] -> [B, k * k * Cin]."""
+    xp, reach = namespace(x), x.shape[1] - conv.kernel
+    apart = xp.arange(x.shape[1], device=x.device) - xp.arange(conv.kernel, device=x.device)[:, None]  # [k, h]
+    seen = as_floats((apart >= 0) & (apart <= reach) & (apart % conv.stride == 0), x)  # [k, h], 0 and 1
+    places = xp.broadcast_to(xp.kron(seen, seen), (len(x), conv.kernel**2, x.shape[1] ** 2))  # [B, k * k, h * h]
+    means = places @ x.reshape(len(x), -1, x.shape[-1]) / (reach // conv.stride + 1) ** 2  # [B, k * k, Cin]
+    return means.reshape(len(x), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,16 @@ LONG = {f"test_{name}" for name in LONGEST}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take a minute or more of a core begin, so that at the end no core waits for another."""
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No GPU for files without the marker `device`: they hold laws of the CPU, or start programs that share a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("device"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for programs that are started
+        yield
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ import torch
 from mini_ht.kernels import alternatives, benchmark
 from mini_ht.kernels.problems import Problem
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the small CPU version is measured where there is no GPU")
 
-
-@on_cpu
 def test_it_measures_every_net(tmp_path, capsys, monkeypatch):
     """A row for each net with times and ratios, in the table, benchmark.csv and benchmark.png."""
     monkeypatch.setattr(benchmark, "problems", lambda cuda: [Problem("small", 2, 3, 16, 1, 4)])
@@ -23,7 +20,6 @@ def test_it_measures_every_net(tmp_path, capsys, monkeypatch):
     assert "torch path" in capsys.readouterr().out and (tmp_path / "benchmark.png").exists()
 
 
-@on_cpu
 def test_a_benchmark_is_made_in_parts(tmp_path, monkeypatch):
     """Rows of the same device stay until they are measured again, which --resume leaves out; others' go."""
     nets = [Problem("small", 2, 3, 16, 1, channels) for channels in (4, 8)]
@@ -46,7 +42,6 @@ def test_a_benchmark_is_made_in_parts(tmp_path, monkeypatch):
     assert {row[0] for row in measured("--only", "small-8")} == {"8"}
 
 
-@on_cpu
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     """A net whose result is off ends the benchmark."""
     monkeypatch.setattr(benchmark, "problems", lambda cuda: [Problem("small", 2, 3, 16, 1, 4)])

@@ -21,6 +21,8 @@ from mini_ht.training.flat import Layout
 from mini_ht.training.loop import Trainer, adamw, fresh_state
 from mini_ht.training.tasks import training_episodes
 
+pytestmark = pytest.mark.device
+
 CPU = torch.device("cpu")
 SQUARES = glyphs(5, 12, drawings=6, size=11)
 

@@ -21,6 +21,8 @@ from mini_ht.parameters import load as load_parameters
 from mini_ht.training.checkpoint import load_run
 from mini_ht.training.loop import Trainer
 
+pytestmark = pytest.mark.device
+
 # 12 steps of 4 episodes: at most 0 unlabelled images a class in the first three, 1 in the next, then 2.
 INTRODUCING = dataclasses.replace(CONFIG, unlabelled=2, introduce=24, seed=1)
 SCRIPT = ROOT / "results/semi-supervised/measure.py"

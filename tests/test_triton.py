@@ -27,6 +27,8 @@ import triton.language as tl
 from mini_ht.kernels import tiles, triton_conv, triton_launch, triton_parts
 from mini_ht.kernels.tune import in_force
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

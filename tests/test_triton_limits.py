@@ -21,6 +21,8 @@ from mini_ht.kernels import alternatives, benchmark, triton_conv, triton_launch
 from mini_ht.kernels.problems import Problem
 from mini_ht.kernels.tiles import LARGEST, choose, reciprocal
 
+pytestmark = pytest.mark.device
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = TRITON_TOLERANCE["float32" if DEVICE == "cpu" else "tf32"]
 

@@ -15,6 +15,8 @@ from mini_ht.kernels.problems import Problem
 from mini_ht.kernels.tiles import LIST, candidates, choose, job_key, listed, read_channels
 from mini_ht.kernels.tune import agrees, as_json, gradients, in_force, refine
 
+pytestmark = pytest.mark.device
+
 SMALL = Problem("small", 1, 2, 16, 1, 4)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

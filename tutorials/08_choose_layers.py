@@ -132,7 +132,7 @@ def trained(config: Config) -> dict[str, np.ndarray]:
     trainer = Trainer(config, data["train"], workers=1)
     for step in range(config.episodes // config.episodes_per_step):
         trainer.step(learning_rate(config, progress(config, step * config.episodes_per_step, 0.0)))
-    trainer.workers.close()
+    trainer.close()
     return to_numpy(trainer.parameters)
 
 
