@@ -89,7 +89,7 @@ def curve(folder: Path, name: str, **changes) -> dict:
     config = dataclasses.replace(CONFIG, **changes)
     state = train(config, read(folder), place, quiet=True, resume=(place / loop.STATE).exists())
     loop.Log.add, Ranks.same, loop.save_run = add, same, save
-    end = {"step": state.step, "seconds": state.seconds, "vector": state.vector.numpy().tobytes().hex()}
+    end = {"step": state.step, "seconds": state.seconds, "vector": state.vector.cpu().numpy().tobytes().hex()}
     return end | {"losses": losses, "longest": max(waits)}
 
 
