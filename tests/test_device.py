@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 from test_training import CONFIG, IMAGES, VECTORS
 from tolerances import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mini_ht.config import Config
 from mini_ht.datasets.glyphs import glyphs
@@ -145,6 +147,49 @@ def test_a_step_on_hold_or_without_a_number_changes_nothing():
     step.pictures.pixels = kept
     assert take(step, 1e-3) == take(undisturbed, 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(vectors(step.state), vectors(undisturbed.state), strict=True))
+
+
+class Asked(TorchDispatchMode):
+    """Notes operations whose result or shape the host must know before it goes on."""
+
+    HOST = "_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave", "linalg_", "cholesky"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::")
+        by_mask = name.startswith("index") and any(part.dtype == torch.bool for part in tensors(arguments[1]))
+        if by_mask or (name.startswith(self.HOST) and name != "linalg_vector_norm"):
+            self.names.add(name)
+        return function(*arguments, **(options or {}))
+
+
+def tensors(parts: Any) -> list[torch.Tensor]:
+    """The tensors of a list or tuple."""
+    return [part for part in parts if isinstance(part, torch.Tensor)] if isinstance(parts, list | tuple) else []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"clip": 1.0, "ema": 0.99, "unlabelled": 1, "norm": "support", "label_smoothing": 0.1},
+        {"generate": "last2", "generate_bias": True, "attention": "sigmoid", "encoder": "post-norm"},
+        {"shared_convs": "blurred", "generator": "separate", "precision": "bfloat16", "shift": 2, "mirror": True},
+        {"shared_convs": "pooled", "allocation": "spatial", "readout": "slice", "generate": "logits", "slope": 0.1},
+    ],
+)
+def test_a_step_asks_the_host_for_nothing(fields):
+    """No operation of a step makes the host wait, whatever the config, so that a CUDA graph can hold it."""
+    step = device_step(dataclasses.replace(CONFIG, **fields))
+    assert not step.varied
+    with Asked() as asked:
+        step.compute()
+        assert not asked.names
+        images = step.pictures.pixels.float()
+        images[images > 0].sum().item()
+    assert asked.names == {"index.Tensor", "_local_scalar_dense"}
 
 
 def test_drawing_ahead_changes_no_episode():
