@@ -212,10 +212,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def earlier(file: Path, device: str) -> list[dict[str, Any]]:
     """Rows of a benchmark.csv that were measured on the same device with the same versions."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
     return [row for row in rows if row.get("device") == device]
 
 

@@ -20,7 +20,7 @@ def store_sums(sums_ptr, variance_ptr, sums, c, eps, C: tl.constexpr):
     tl.store(base + C, tl.sum(sums[1], axis=0) * r, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def output_sums(
     g_ptr, p_ptr, mean_ptr, variance_ptr, sums_ptr, total, tiles, eps,
     C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
@@ -88,7 +88,7 @@ def winners(
     return tl.where((code & (1 << (y % 2 * 2 + x % 2))[None, :]) != 0, d, 0.0).to(DT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def input_gradient(
     d_ptr, code_ptr, w_ptr, x_ptr, mean_ptr, variance_ptr, dx_ptr, sums_ptr, N, H, W, image_of, row_of, tiles, eps,
     CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr, BM: tl.constexpr, PIXELS: tl.constexpr,

@@ -86,7 +86,7 @@ def add_norm(inside, added, acc, PRECISION: tl.constexpr, DT: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def forward(
     x_ptr, before, programs, windows, w_ptr, bias_ptr, p_ptr, code_ptr, part_ptr,
     N, H, W, image_of, row_of, tiles, slope, eps,
@@ -163,7 +163,7 @@ def forward(
         store_statistics(part_ptr, tl.minimum(total - start * BM, tiles * BM), mean, m2, o, CO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def apply_norm(
     p_ptr, norm, programs, windows, y_ptr, total, eps,
     C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,

@@ -13,6 +13,8 @@ import triton.language as tl
 from mini_ht.kernels import tiles
 
 MOST_PARTS = tl.constexpr(tiles.MOST_PARTS)
+# Arguments for whose value no kernel is compiled anew, as it otherwise is for 1 and for multiples of 16.
+COUNTS = "N", "H", "W", "tiles", "programs", "windows", "total", "stride"
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 

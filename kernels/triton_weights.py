@@ -67,7 +67,7 @@ def collect(rows, dy, dw, pixel: tl.constexpr, PRECISION: tl.constexpr):
     return more
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def weight_gradient(
     x_ptr, before, g_ptr, p_ptr, code_ptr, norm, g_norm, programs, stride, dw_ptr, db_ptr, d_ptr,
     N, H, W, image_of, row_of, tiles, slope, eps,
@@ -179,7 +179,7 @@ def add_parts(
     tl.store(dw_ptr + ((e * 9 + tap) * CI + c) * CO + o, dw, mask=(c < CI) & (o < CO))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=parts.COUNTS)
 def add_up(
     totals_ptr, sums_ptr, stride, dw_parts, d_weights, counts, db_parts, d_biases,
     COUNT: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, CIP: tl.constexpr, COP: tl.constexpr,

@@ -51,6 +51,18 @@ def test_kernels_are_launched_as_they_are_reported(monkeypatch):
     assert triton_launch.run is triton_launch_backward.run is run and triton_launch.hopper(torch.device("cpu"))
 
 
+def test_no_number_of_images_compiles_a_kernel_anew():
+    """Every number that a launch has outside of a tuple is one for whose value no kernel is compiled again."""
+    for entry in compile_report.launches(1, 8, "bfloat16", "tf32", 90):
+        names = [
+            name
+            for name, argument in zip(entry.kernel.arg_names, entry.arguments, strict=False)
+            if isinstance(argument, int)
+        ]
+        options = getattr(entry.kernel, "kwargs", vars(entry.kernel))  # of the interpreter's, or as compiled
+        assert names and set(names) <= set(options["do_not_specialize"]), (entry.label, names)
+
+
 def test_instructions_of_a_tile():
     """Those of the longest loop count, times warps, for each window; none are given where another loop is inside."""
     before, body = "  /*0000*/  MOV R1, R2 ;", ["  /*0010*/  IADD R1 ;"] * 14
