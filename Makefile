@@ -66,6 +66,7 @@ GPU_PYTHON ?= $(VENV)/bin/python
 GPU_READY = $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(READY))
 GPU_HT = $(GPU_PYTHON) -c "from mini_ht.cli import main; main()"
 GPU_OUT = results/gpu/$(shell $(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))" 2>/dev/null)
+GPU_TESTS = $(shell grep -l '^pytestmark = pytest.mark.device' tests/test_*.py)
 BENCHMARK ?=
 
 # Nothing is timed while a test is red.
@@ -81,7 +82,7 @@ gpu-ready: $(GPU_READY)
 	mkdir -p $(GPU_OUT)
 
 gpu-tests: gpu-ready
-	set -o pipefail; $(GPU_PYTHON) -m pytest -m device -W default -n auto --maxprocesses 4 2>&1 | tee $(GPU_OUT)/tests.txt
+	set -o pipefail; $(GPU_PYTHON) -m pytest $(GPU_TESTS) -W default -n auto --maxprocesses 4 2>&1 | tee $(GPU_OUT)/tests.txt
 
 gpu-benchmark: gpu-ready
 	set -o pipefail; $(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $(GPU_OUT) $(BENCHMARK) 2>&1 | \
