@@ -13,6 +13,7 @@ from mini_ht import InputError
 from mini_ht.kernels import tune
 from mini_ht.kernels.problems import Problem
 from mini_ht.kernels.tiles import LIST, candidates, choose, job_key, listed, read_channels
+from mini_ht.kernels.triton_launch import hopper
 from mini_ht.kernels.tune import agrees, as_json, gradients, in_force, refine
 
 pytestmark = pytest.mark.device
@@ -63,7 +64,7 @@ def test_the_search_takes_what_is_faster_and_right(monkeypatch, capsys):
     assert jobs == {"forward 1-4", "weight 1-4", "forward 4-4", "weight 4-4", "input 4-4"}
     for key, tile in found.items():
         job, shape, kind, precision = key.split()
-        assert tile == two(choose(job, *map(int, shape.split("-")), kind, precision, DEVICE == "cpu"))[-1]
+        assert tile == two(choose(job, *map(int, shape.split("-")), kind, precision, hopper(torch.device(DEVICE))))[-1]
     with in_force(found):
         mine = gradients(SMALL, torch.float32, DEVICE)
     assert agrees(mine, gradients(SMALL, torch.float32, DEVICE), 1e-4)
