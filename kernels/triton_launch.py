@@ -15,7 +15,7 @@ from mini_ht.kernels.tiles import PROGRAMS, Tile, choose, padded, reciprocal, sh
 
 MULTIPLIED = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WIDEST = 2**31 - 1  # values of an episode that 32-bit offsets reach
-ROWS = 128  # of a tile where values are only read, added and written
+ROWS = 64  # of a tile where values are only read, added and written
 
 
 @dataclass(frozen=True)
