@@ -86,7 +86,7 @@ gpu-tests: gpu-ready
 
 gpu-benchmark: gpu-ready
 	set -o pipefail; $(GPU_PYTHON) -m mini_ht.kernels.benchmark --out $(GPU_OUT) $(BENCHMARK) 2>&1 | \
-	  tee -a $(GPU_OUT)/benchmark.txt
+	  tee $(if $(findstring --resume,$(BENCHMARK)),-a) $(GPU_OUT)/benchmark.txt
 
 gpu-training: gpu-ready
 	set -e -o pipefail; \
