@@ -7,9 +7,8 @@ device and versions that are there already stay until they are measured again.
 
 import argparse
 import csv
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -105,6 +104,7 @@ def count_launches(step: Callable[[], Any]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
+@cache
 def ceilings(kind: str) -> tuple[float, float]:
     """What this GPU reaches: bytes/s of a large copy, FLOP/s of a large matrix product of the kind."""
     from triton.testing import do_bench
@@ -201,13 +201,17 @@ def cpu_rows(problem: Problem, budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def label(row: dict[str, Any]) -> str:
+    """Net and kind of a row, as the option --only reads them."""
+    return f"{row['problem']}-{row['channels']} {row['kind']}"
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A block of the table: one row a net."""
     for row in rows:
         parts = [f"{part} {row.get(f'{part}_us', '-')} us x{row.get(f'{part}_ratio', '-')}" for part in PASSES]
         extra = [f"{key} {row[key]}" for key in row if key.endswith(("_tb_s", "_share", "launches", "peak_mb", "note"))]
-        label = f"{row['problem']} C={row['channels']} {row['kind']}"
-        print(f"{label:24} {row['net']:23} {'  '.join(parts)}  {'  '.join(extra)}".rstrip(), flush=True)
+        print(f"{label(row):24} {row['net']:23} {'  '.join(parts)}  {'  '.join(extra)}".rstrip(), flush=True)
 
 
 def earlier(file: Path, device: str) -> list[dict[str, Any]]:
@@ -215,11 +219,6 @@ def earlier(file: Path, device: str) -> list[dict[str, Any]]:
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
     return [row for row in rows if row.get("device") == device]
-
-
-def label(row: dict[str, Any]) -> str:
-    """Net and kind of a row, as the option --only reads them."""
-    return f"{row['problem']}-{row['channels']} {row['kind']}"
 
 
 def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -247,7 +246,7 @@ def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
     figure.savefig(out / "benchmark.png", dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
@@ -256,20 +255,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="leave out what the CSV in --out has already")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
+    pairs = product(KINDS if cuda else ["cpu fp32"], problems(cuda))
+    jobs = {label(vars(one) | {"problem": one.name, "kind": kind}): (kind, one) for kind, one in pairs}
+    if not any(chosen.only in name for name in jobs):
+        parser.error(f"--only {chosen.only!r} is in none of these: {', '.join(jobs)}")
     device = f"{torch.cuda.get_device_name()}; triton {version('triton')}" if cuda else "CPU, one thread"
     device += f"; torch {torch.__version__}"
     print(f"device: {device}")
     rows = earlier(chosen.out / "benchmark.csv", device)
-    for kind, problem in product(KINDS if cuda else ["cpu fp32"], problems(cuda)):
-        name = label({"problem": problem.name, "channels": problem.channels, "kind": kind})
-        if chosen.only not in name or (chosen.resume and name in map(label, rows)):
-            continue
-        found = gpu_rows(problem, kind) if cuda else cpu_rows(problem, chosen.seconds)
-        show(found)
-        rows = [row for row in rows if label(row) != name] + [{"device": device} | row for row in found]
-        write(rows, chosen.out)
-    return int(not any(chosen.only in label(row) for row in rows))
+    for name, (kind, problem) in jobs.items():
+        if chosen.only in name and not (chosen.resume and name in map(label, rows)):
+            found = gpu_rows(problem, kind) if cuda else cpu_rows(problem, chosen.seconds)
+            show(found)
+            rows = [row for row in rows if label(row) != name] + [{"device": device} | row for row in found]
+            write(rows, chosen.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,8 +8,8 @@ from mini_ht.plan import KERNEL, Layer
 def pad_width(x: Array, width: int) -> Array:
     """Zeros behind the last axis, up to `width`: [E, T, w] -> [E, T, width]."""
     xp, missing = namespace(x), width - x.shape[-1]
-    zero = xp.zeros_like(x[..., :1])  # [E, T, 1]; it passes on no gradient
-    return x if missing == 0 else xp.concat([x, xp.broadcast_to(zero, (*x.shape[:-1], missing))], axis=-1)
+    shape = (*x.shape[:-1], missing)  # of zeros, which pass on no gradient
+    return x if missing == 0 else xp.concat([x, xp.broadcast_to(xp.zeros_like(x[..., :1]), shape)], axis=-1)
 
 
 def support_tokens(parameters: Parameters, layer: Layer, labels: Array, local: Array, shared: Array) -> Array:

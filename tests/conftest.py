@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def only_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_gpu_unless_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """No GPU for files without the marker `device`: they hold laws of the CPU, or start programs that share a step."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("device"):

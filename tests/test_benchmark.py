@@ -12,7 +12,7 @@ from mini_ht.kernels.problems import Problem
 def test_it_measures_every_net(tmp_path, capsys, monkeypatch):
     """A row for each net with times and ratios, in the table, benchmark.csv and benchmark.png."""
     monkeypatch.setattr(benchmark, "problems", lambda cuda: [Problem("small", 2, 3, 16, 1, 4)])
-    assert benchmark.main(["--seconds", "0.001", "--out", str(tmp_path)]) == 0
+    benchmark.main(["--seconds", "0.001", "--out", str(tmp_path)])
     with (tmp_path / "benchmark.csv").open() as file:
         rows = {row["net"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"torch path", "numpy", *alternatives.alternatives(False)}
@@ -20,13 +20,13 @@ def test_it_measures_every_net(tmp_path, capsys, monkeypatch):
     assert "torch path" in capsys.readouterr().out and (tmp_path / "benchmark.png").exists()
 
 
-def test_a_benchmark_is_made_in_parts(tmp_path, monkeypatch):
+def test_a_benchmark_is_made_in_parts(tmp_path, capsys, monkeypatch):
     """Rows of the same device stay until they are measured again, which --resume leaves out; others' go."""
     nets = [Problem("small", 2, 3, 16, 1, channels) for channels in (4, 8)]
     monkeypatch.setattr(benchmark, "problems", lambda cuda: nets)
 
     def measured(*options: str) -> list[tuple[str, str, str]]:
-        assert benchmark.main(["--seconds", "0.001", "--out", str(tmp_path), *options]) == 0
+        benchmark.main(["--seconds", "0.001", "--out", str(tmp_path), *options])
         with (tmp_path / "benchmark.csv").open() as file:
             return [(row["channels"], row["net"], row["both_us"]) for row in csv.DictReader(file)]
 
@@ -36,8 +36,12 @@ def test_a_benchmark_is_made_in_parts(tmp_path, monkeypatch):
     assert both[: len(first)] == first and {row[0] for row in both[len(first) :]} == {"8"}
     assert measured("--resume") == both
     again = measured("--only", "small-4 cpu")
-    assert again[: len(first)] == both[len(first) :] and len(again) == len(both) and again != both
-    assert benchmark.main(["--out", str(tmp_path), "--only", "large"]) == 1
+    others = both[len(first) :]
+    assert again[: len(others)] == others and [row[:2] for row in again[len(others) :]] == [row[:2] for row in first]
+    assert again[len(others) :] != first  # other times
+    with pytest.raises(SystemExit):
+        benchmark.main(["--out", str(tmp_path), "--only", "large"])
+    assert "--only 'large' is in none of these: small-4 cpu fp32, small-8 cpu fp32" in capsys.readouterr().err
     monkeypatch.setattr(torch, "__version__", "another")
     assert {row[0] for row in measured("--only", "small-8")} == {"8"}
 
